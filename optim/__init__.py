@@ -1,0 +1,1 @@
+"""Optax transformations that act on the spectrum of gradients and weights."""

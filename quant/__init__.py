@@ -1,0 +1,1 @@
+"""FP4 training arithmetic for JAX."""

@@ -1,0 +1,25 @@
+"""Strictness for every test: 8 simulated CPU devices, no silent promotion of ranks or dtypes."""
+
+import os
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+import jax
+import numpy as np
+import pytest
+
+jax.config.update("jax_num_cpu_devices", 8)
+jax.config.update("jax_numpy_rank_promotion", "raise")
+jax.config.update("jax_threefry_partitionable", True)
+
+
+@pytest.fixture
+def rng() -> np.random.Generator:
+    return np.random.default_rng(0)
+
+
+@pytest.fixture
+def getkey():
+    """A function that gives a fresh key at every call."""
+    count = iter(range(1_000_000))
+    return lambda: jax.random.key(next(count))
