@@ -1,0 +1,81 @@
+"""Rotary position embedding (arXiv 2104.09864), in the half-split layout of Llama checkpoints."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from lm.config import ModelConfig, RopeScaling
+
+
+def inverse_frequencies(config: ModelConfig) -> tuple[np.ndarray, float]:
+    """Angular frequency of each pair of dimensions, and the factor on cos and sin.
+
+    Returns:
+      (inv_freq, attention_factor): f64 array [head_dim / 2] in radians per token, and the scalar
+      that YaRN multiplies cos and sin by (1.0 otherwise).
+    """
+    half = np.arange(0, config.head_dim, 2, dtype=np.float64)
+    inv_freq = config.rope_theta ** (-half / config.head_dim)
+    scaling = config.rope_scaling
+    if scaling is None:
+        return inv_freq, 1.0
+    if scaling.kind == "linear":
+        return inv_freq / scaling.factor, 1.0
+    if scaling.kind == "llama3":
+        return _llama3(inv_freq, scaling), 1.0
+    factor = scaling.attention_factor
+    if factor is None:
+        factor = 0.1 * math.log(scaling.factor) + 1.0 if scaling.factor > 1 else 1.0
+    return _yarn(inv_freq, scaling, config.head_dim, config.rope_theta), factor
+
+
+def _llama3(inv_freq, scaling: RopeScaling):
+    # Rotations over the original context decide: few are interpolated, many are kept.
+    rotations = scaling.original_context * inv_freq / (2 * math.pi)
+    low, high = scaling.low_freq_factor, scaling.high_freq_factor
+    keep = np.clip((rotations - low) / (high - low), 0.0, 1.0)
+    return (1 - keep) * inv_freq / scaling.factor + keep * inv_freq
+
+
+def _yarn(inv_freq, scaling: RopeScaling, head_dim: int, theta: float):
+    def dimension(rotations: float) -> float:
+        # Index of the pair that turns `rotations` times over the original context.
+        log_ratio = math.log(scaling.original_context / (rotations * 2 * math.pi))
+        return head_dim * log_ratio / (2 * math.log(theta))
+
+    low = max(math.floor(dimension(scaling.beta_fast)), 0)
+    high = min(math.ceil(dimension(scaling.beta_slow)), head_dim - 1)
+    ramp = (np.arange(head_dim // 2) - low) / max(high - low, 1e-3)
+    interpolate = np.clip(ramp, 0.0, 1.0)
+    return interpolate * inv_freq / scaling.factor + (1 - interpolate) * inv_freq
+
+
+def cos_sin(
+    positions: Int[Array, "B T"], config: ModelConfig
+) -> tuple[Float[Array, "B T half"], Float[Array, "B T half"]]:
+    """cos and sin of position times frequency, in f32 (bf16 cannot tell positions above 256)."""
+    inv_freq, factor = inverse_frequencies(config)
+    inv_freq = jnp.asarray(inv_freq, jnp.float32)
+    angles = positions[..., None].astype(jnp.float32) * inv_freq[None, None]
+    return jnp.cos(angles) * factor, jnp.sin(angles) * factor
+
+
+def rotate(
+    x: Float[Array, "B T N H"], cos: Float[Array, "B T half"], sin: Float[Array, "B T half"]
+) -> Float[Array, "B T N H"]:
+    """Turn each pair (x[i], x[i + H/2]) by its position's angle; f32 inside, dtype of x out."""
+    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    cos, sin = cos[:, :, None, :], sin[:, :, None, :]
+    turned = (first * cos - second * sin, second * cos + first * sin)
+    return jnp.concatenate(turned, axis=-1).astype(x.dtype)
+
+
+def positions_from_segments(segment_ids: Int[Array, "B T"]) -> Int[Array, "B T"]:
+    """Index of each token within its document: restarts at 0 wherever the segment id changes."""
+    index = jnp.broadcast_to(jnp.arange(segment_ids.shape[1])[None], segment_ids.shape)
+    starts = segment_ids[:, 1:] != segment_ids[:, :-1]
+    starts = jnp.pad(starts, ((0, 0), (1, 0)), constant_values=True)
+    return index - jax.lax.cummax(jnp.where(starts, index, 0), axis=1)

@@ -1,0 +1,147 @@
+"""Grouped-query self-attention: projections, optional query/key norms, rotary embedding, cache."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
+from jaxtyping import Array, Float, Int
+
+from lm.config import ModelConfig
+from lm.layers import rotary
+from lm.layers.attention import attention
+from lm.layers.linear import Linear, Plug
+from lm.layers.norms import RMSNorm
+from lm.layers.parameters import Stack, fan_in_std
+from lm.sharding import constrain
+
+
+class Cache(NamedTuple):
+    """Keys and values of the tokens seen so far; stacked over layers outside of the scan."""
+
+    keys: Float[Array, "B S K H"]
+    values: Float[Array, "B S K H"]
+
+
+class Rotation(NamedTuple):
+    """What attention needs to know of the tokens, shared by all layers."""
+
+    cos: Float[Array, "B T half"]
+    sin: Float[Array, "B T half"]
+    segment_ids: Int[Array, "B T"] | None
+    cache_index: Int[Array, ""] | None = None
+    """Slot of the first of the T tokens in the cache; None without a cache."""
+    padding: Int[Array, " B"] | None = None
+    """Slots at the start of each row's cache that hold no token; None is no such slot."""
+
+
+class SelfAttention(nnx.Module):
+    """softmax(q k^T / sqrt(head_dim) + mask) v, then the output projection."""
+
+    def __init__(self, key: jax.Array, config: ModelConfig, stack: Stack):
+        self.config = config
+        q_dim = config.num_heads * config.head_dim
+        kv_dim = config.num_kv_heads * config.head_dim
+        keys = iter(jax.random.split(key, 4))
+
+        def project(name, d_in, d_out, axes, std, bias):
+            return Linear(
+                next(keys),
+                f"layers.attention.{name}",
+                d_in,
+                d_out,
+                axes,
+                std=std,
+                bias=bias,
+                dtype=config.param_dtype,
+                stack=stack,
+            )
+
+        std, bias = fan_in_std(config.d_model), config.qkv_bias
+        self.query = project("query", config.d_model, q_dim, ("embed", "heads"), std, bias)
+        self.key = project("key", config.d_model, kv_dim, ("embed", "kv_heads"), std, bias)
+        self.value = project("value", config.d_model, kv_dim, ("embed", "kv_heads"), std, bias)
+        self.out = project(
+            "out",
+            q_dim,
+            config.d_model,
+            ("heads", "embed"),
+            fan_in_std(q_dim, config.num_layers),
+            config.attention_out_bias,
+        )
+        if config.qk_norm:
+            norm = dict(eps=config.norm_eps, dtype=config.param_dtype, stack=stack)
+            self.query_norm = RMSNorm(config.head_dim, **norm)
+            self.key_norm = RMSNorm(config.head_dim, **norm)
+
+    def __call__(
+        self,
+        x: Float[Array, "B T D"],
+        rotation: Rotation,
+        window: int | None,
+        plug: Plug | None = None,
+        layer=None,
+        cache: Cache | None = None,
+    ) -> tuple[Float[Array, "B T D"], Cache | None]:
+        """Attend within each document; with a cache, also to the tokens that it holds."""
+        config = self.config
+        q = self._heads(self.query(x, plug, layer), config.num_heads)
+        k = self._heads(self.key(x, plug, layer), config.num_kv_heads)
+        v = self._heads(self.value(x, plug, layer), config.num_kv_heads)
+        if config.qk_norm:
+            q, k = self.query_norm(q), self.key_norm(k)
+        q = rotary.rotate(q, rotation.cos, rotation.sin)
+        k = rotary.rotate(k, rotation.cos, rotation.sin)
+        if cache is None:
+            out = attention(
+                q,
+                k,
+                v,
+                segment_ids=rotation.segment_ids,
+                window=window,
+                implementation=config.attention,
+            )
+        else:
+            cache = _append(cache, k, v, rotation.cache_index)
+            out = _attend_cache(q, cache, rotation, window)
+        # The name lets a rematerialization policy keep the attention output (lm/model.py).
+        out = checkpoint_name(out, "attention")
+        return self.out(out.reshape(*x.shape[:2], -1), plug, layer), cache
+
+    def _heads(self, x, heads):
+        x = x.reshape(*x.shape[:2], heads, self.config.head_dim)
+        return constrain(x, ("batch", "sequence", "act_heads", "act_embed"))
+
+
+def _append(cache: Cache, k, v, index) -> Cache:
+    start = (0, index, 0, 0)
+    return Cache(
+        jax.lax.dynamic_update_slice(cache.keys, k.astype(cache.keys.dtype), start),
+        jax.lax.dynamic_update_slice(cache.values, v.astype(cache.values.dtype), start),
+    )
+
+
+def _attend_cache(q, cache: Cache, rotation: Rotation, window: int | None):
+    """Attention of T new tokens to all S slots of the cache; holds T x S scores, T is small."""
+    b, t, n, h = q.shape
+    s, groups = cache.keys.shape[1], cache.keys.shape[2]
+    q = q.reshape(b, t, groups, n // groups, h)
+    scores = jnp.einsum(
+        "btkgh,bskh->bkgts", q, cache.keys.astype(q.dtype), preferred_element_type=jnp.float32
+    ) * (h**-0.5)
+    query_slot = rotation.cache_index + jnp.arange(t)[:, None]
+    slot = jnp.arange(s)[None]
+    visible = slot <= query_slot
+    if window is not None:
+        visible &= slot > query_slot - window
+    visible = visible[None]
+    if rotation.padding is not None:
+        visible &= slot[None] >= rotation.padding[:, None, None]
+    scores = jnp.where(visible[:, None, None], scores, -jnp.inf)
+    # A padded query sees no slot: give it a uniform row instead of NaN, nobody reads it.
+    highest = jnp.maximum(scores.max(-1, keepdims=True), jnp.finfo(jnp.float32).min)
+    weights = jnp.exp(scores - highest)
+    weights /= jnp.maximum(weights.sum(-1, keepdims=True), jnp.finfo(jnp.float32).tiny)
+    out = jnp.einsum("bkgts,bskh->btkgh", weights.astype(q.dtype), cache.values.astype(q.dtype))
+    return out.reshape(b, t, n, h)

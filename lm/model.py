@@ -1,0 +1,312 @@
+"""The decoder: embedding, a scanned stack of pre-norm blocks, final norm, head.
+
+`init` and `apply` are pure; parameters are a nested dict of arrays. The Flax NNX modules below are
+thin parameter containers: they are split into (structure, parameters) once per configuration, and
+merged again while tracing, so that no module is traversed at run time.
+
+    x = embedding[tokens]
+    for each layer:  x += attention(norm(x));  x += mlp(norm(x))
+    logits = head(norm(x))
+
+Initial scales: embedding N(0, init_std^2) with init_std 0.02 (GPT-2); projections N(0, 1 / fan_in)
+(LeCun 1998); the two that write to the residual stream divided by sqrt(2 * num_layers) (GPT-2,
+section 2.3); norms 1; biases 0; an untied head N(0, 1 / d_model).
+"""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import Mesh, NamedSharding
+from jaxtyping import Array, Float, Int
+
+from lm.config import ConfigError, ModelConfig
+from lm.layers import rotary
+from lm.layers.linear import Linear, Plug, Site, linear
+from lm.layers.mlp import make_mlp
+from lm.layers.norms import RMSNorm
+from lm.layers.parameters import Stack, fan_in_std, normal
+from lm.layers.self_attention import Cache, Rotation, SelfAttention
+from lm.sharding import constrain, spec
+
+Params = dict[str, Any]
+"""Nested dict of arrays; leaves of "layers" have a leading layer axis."""
+
+REMAT_POLICIES = {
+    "none": None,
+    # Keep the products, recompute the cheap rest (norms, activations, softmax).
+    "dots": jax.checkpoint_policies.save_only_these_names("linear", "attention"),
+    # Keep one activation per layer besides the layer's input.
+    "attention": jax.checkpoint_policies.save_only_these_names("attention"),
+    # Keep only each layer's input.
+    "full": jax.checkpoint_policies.nothing_saveable,
+}
+
+
+class Block(nnx.Module):
+    """One pre-norm transformer layer."""
+
+    def __init__(self, key: jax.Array, config: ModelConfig, stack: Stack):
+        attention_key, mlp_key = jax.random.split(key)
+        norm = dict(eps=config.norm_eps, dtype=config.param_dtype, stack=stack)
+        self.attention_norm = RMSNorm(config.d_model, **norm)
+        self.attention = SelfAttention(attention_key, config, stack)
+        self.mlp_norm = RMSNorm(config.d_model, **norm)
+        self.mlp = make_mlp(mlp_key, config, stack)
+
+    def __call__(self, x, rotation: Rotation, window, plug, layer, cache: Cache | None):
+        with jax.named_scope("attention"):
+            normed = self.attention_norm(x)
+            y, cache = self.attention(normed, rotation, window, plug, layer, cache)
+            x = constrain(x + y, ("batch", "sequence", "act_embed"))
+        with jax.named_scope("mlp"):
+            y, auxiliary = self.mlp(self.mlp_norm(x), plug, layer)
+            x = constrain(x + y, ("batch", "sequence", "act_embed"))
+        return x, auxiliary, cache
+
+
+class Decoder(nnx.Module):
+    """Parameters of the whole model."""
+
+    def __init__(self, config: ModelConfig, key: jax.Array):
+        self.config = config
+        embed_key, layers_key, head_key = jax.random.split(key, 3)
+        shape = (config.vocab_size, config.d_model)
+        dtype = config.param_dtype
+        self.embedding = normal(
+            embed_key, shape, ("vocab", "embed"), std=config.init_std, dtype=dtype
+        )
+        self.layers = Block(layers_key, config, Stack(config.num_layers))
+        self.final_norm = RMSNorm(config.d_model, eps=config.norm_eps, dtype=dtype)
+        if not config.tie_embeddings:
+            self.head = Linear(
+                head_key,
+                "head",
+                config.d_model,
+                config.vocab_size,
+                ("embed", "vocab"),
+                std=fan_in_std(config.d_model),
+                dtype=dtype,
+            )
+
+    def __call__(self, tokens, rotation: Rotation, plug: Plug | None, cache: Cache | None):
+        x = jnp.take(self.embedding[...], tokens, axis=0, mode="fill", fill_value=jnp.nan)
+        x = constrain(x.astype(self.config.dtype), ("batch", "sequence", "act_embed"))
+        x, auxiliary, cache = _run_layers(self.layers, x, rotation, self.config, plug, cache)
+        return self.final_norm(x), auxiliary, cache
+
+
+def _run_layers(layers: Block, x, rotation, config: ModelConfig, plug, cache: Cache | None):
+    """Scan the stacked layers, one period of the attention pattern at a time."""
+    graphdef, state = nnx.split(layers)
+    windows = config.windows
+    period = len(windows)
+    whole = config.num_layers - config.num_layers % period
+
+    def one(x, scanned, window):
+        state, layer, cache = scanned
+        return nnx.merge(graphdef, state)(x, rotation, window, plug, layer, cache)
+
+    def body(x, scanned):
+        auxiliaries, caches = [], []
+        for i, window in enumerate(windows):
+            # With one layer a period there is no inner axis to index.
+            inner = scanned if period == 1 else _index(scanned, i)
+            x, auxiliary, layer_cache = one(x, inner, window)
+            auxiliaries.append(auxiliary)
+            caches.append(layer_cache)
+        return x, _stack_period((auxiliaries, caches), period)
+
+    if config.remat != "none":
+        body = jax.checkpoint(body, policy=REMAT_POLICIES[config.remat], prevent_cse=False)
+    scanned = (state, jnp.arange(config.num_layers), cache)
+    groups = jax.tree.map(lambda leaf: _fold(leaf[:whole], period), scanned)
+    x, (auxiliary, new_cache) = jax.lax.scan(body, x, groups)
+    outputs = jax.tree.map(lambda leaf: _unfold(leaf, period), (auxiliary, new_cache))
+    # Layers beyond the last whole period (Gemma 3: 26 layers, a period of 6) run one by one.
+    for index in range(whole, config.num_layers):
+        inner = _index(scanned, index)
+        x, auxiliary, layer_cache = one(x, inner, windows[index % period])
+        last = jax.tree.map(lambda leaf: leaf[None], (auxiliary, layer_cache))
+        outputs = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), outputs, last)
+    return x, *outputs
+
+
+def _index(tree, i):
+    return jax.tree.map(lambda leaf: leaf[i], tree)
+
+
+def _fold(leaf, period):
+    return leaf if period == 1 else leaf.reshape(-1, period, *leaf.shape[1:])
+
+
+def _unfold(leaf, period):
+    return leaf if period == 1 else leaf.reshape(-1, *leaf.shape[2:])
+
+
+def _stack_period(outputs, period):
+    auxiliaries, caches = outputs
+    if period == 1:
+        return auxiliaries[0], caches[0]
+    stack = functools.partial(jax.tree.map, lambda *leaves: jnp.stack(leaves))
+    return stack(*auxiliaries), stack(*caches)
+
+
+@functools.lru_cache(maxsize=64)
+def _structure(config: ModelConfig):
+    """(graphdef, abstract state) of the model, made without allocating anything."""
+    return nnx.split(nnx.eval_shape(lambda: Decoder(config, jax.random.key(0))))
+
+
+def init(config: ModelConfig, key: jax.Array) -> Params:
+    """Fresh parameters, in `config.param_dtype`.
+
+    Args:
+      config: the model.
+      key: a `jax.random.key`.
+    """
+    return nnx.to_pure_dict(nnx.state(Decoder(config, key), nnx.Param))
+
+
+def abstract_params(config: ModelConfig) -> Params:
+    """Shapes and dtypes of the parameters, as `jax.ShapeDtypeStruct`s."""
+    return jax.eval_shape(lambda: init(config, jax.random.key(0)))
+
+
+def logical_axes(config: ModelConfig) -> Params:
+    """The logical axis names (a tuple of str) of every parameter, in the structure of `init`."""
+    _, state = _structure(config)
+    axes: Params = {}
+    for path, param in nnx.to_flat_state(state):
+        node = axes
+        for name in path[:-1]:
+            node = node.setdefault(name, {})
+        node[path[-1]] = param.get_metadata("logical_axes")
+    return axes
+
+
+def shardings(config: ModelConfig, mesh: Mesh) -> Params:
+    """The `NamedSharding` of every parameter on a mesh (`lm.sharding.RULES`)."""
+    return jax.tree.map(
+        lambda axes, leaf: NamedSharding(mesh, spec(axes, mesh, leaf.shape)),
+        logical_axes(config),
+        abstract_params(config),
+        is_leaf=lambda node: isinstance(node, tuple),
+    )
+
+
+def apply(
+    config: ModelConfig,
+    params: Params,
+    tokens: Int[Array, "B T"],
+    *,
+    segment_ids: Int[Array, "B T"] | None = None,
+    positions: Int[Array, "B T"] | None = None,
+    plug: Plug | None = None,
+) -> Float[Array, "B T V"]:
+    """Logits in f32.
+
+    Args:
+      config: the model.
+      params: as from `init`.
+      tokens: ids in [0, vocab_size); any other id gives NaN logits.
+      segment_ids: document of each token; tokens attend within their document only. None is one
+        document per row. Documents must be contiguous; by convention 0 marks padding.
+      positions: position of each token in its document; None counts from the document's start.
+      plug: chooses the product of each linear layer (`lm.layers.linear.Plug`).
+    """
+    x, _ = hidden(config, params, tokens, segment_ids=segment_ids, positions=positions, plug=plug)
+    return logits(config, params, x, plug)
+
+
+def hidden(
+    config: ModelConfig,
+    params: Params,
+    tokens: Int[Array, "B T"],
+    *,
+    segment_ids: Int[Array, "B T"] | None = None,
+    positions: Int[Array, "B T"] | None = None,
+    plug: Plug | None = None,
+) -> tuple[Float[Array, "B T D"], dict[str, jax.Array]]:
+    """Normalized states before the head, and what the layers report besides.
+
+    Arguments are those of `apply`. The second value maps names to arrays with a leading layer axis
+    (`lm.layers.mlp.Auxiliary`); it is empty for dense models. The training loss takes this path,
+    so that the logits need never exist as a whole (`lm.loss`).
+    """
+    if tokens.ndim != 2:
+        raise ValueError(f"tokens must be [batch, time], got shape {tokens.shape}")
+    if positions is None:
+        if segment_ids is None:
+            positions = jnp.broadcast_to(jnp.arange(tokens.shape[1])[None], tokens.shape)
+        else:
+            positions = rotary.positions_from_segments(segment_ids)
+    rotation = Rotation(*rotary.cos_sin(positions, config), segment_ids)
+    x, auxiliary, _ = _model(config, params)(tokens, rotation, plug, None)
+    return x, auxiliary
+
+
+def decode(
+    config: ModelConfig,
+    params: Params,
+    tokens: Int[Array, "B T"],
+    cache: Cache,
+    index: Int[Array, ""],
+    *,
+    padding: Int[Array, " B"] | None = None,
+    plug: Plug | None = None,
+) -> tuple[Float[Array, "B T V"], Cache]:
+    """Logits of T new tokens that follow those in the cache, and the cache with them added.
+
+    Args:
+      config: the model.
+      params: as from `init`.
+      tokens: the new tokens; they take slots index .. index + T - 1 of the cache.
+      cache: as from `init_cache` or an earlier call.
+      index: number of slots filled before.
+      padding: slots at the start of each row that hold no token (prompts padded on the left).
+      plug: as in `apply`.
+    """
+    positions = index + jnp.arange(tokens.shape[1])[None]
+    if padding is not None:
+        positions = jnp.maximum(positions - padding[:, None], 0)
+    positions = jnp.broadcast_to(positions, tokens.shape)
+    rotation = Rotation(*rotary.cos_sin(positions, config), None, index, padding)
+    x, _, cache = _model(config, params)(tokens, rotation, plug, cache)
+    return logits(config, params, x, plug), cache
+
+
+def init_cache(config: ModelConfig, batch: int, length: int, dtype: str | None = None) -> Cache:
+    """An empty cache for `length` tokens in each of `batch` rows, stacked over layers."""
+    shape = (config.num_layers, batch, length, config.num_kv_heads, config.head_dim)
+    return Cache(jnp.zeros(shape, dtype or config.dtype), jnp.zeros(shape, dtype or config.dtype))
+
+
+def head_kernel(config: ModelConfig, params: Params) -> Float[Array, "D V"]:
+    """The matrix that turns hidden states into logits."""
+    return params["embedding"].T if config.tie_embeddings else params["head"]["kernel"]
+
+
+def logits(
+    config: ModelConfig, params: Params, x: Float[Array, "B T D"], plug: Plug | None = None
+) -> Float[Array, "B T V"]:
+    """head(x) in f32, soft-capped if the configuration says so (arXiv 2408.00118, section 2)."""
+    dot_general = plug(Site("head")) if plug else None
+    y = linear(x, head_kernel(config, params), dot_general).astype(jnp.float32)
+    y = constrain(y, ("batch", "sequence", "act_vocab"))
+    cap = config.logit_soft_cap
+    return y if cap is None else cap * jnp.tanh(y / cap)
+
+
+def _model(config: ModelConfig, params: Params) -> Decoder:
+    graphdef, state = _structure(config)
+    state = jax.tree.map(lambda leaf: leaf, state)  # a copy: the cached one stays abstract
+    try:
+        nnx.replace_by_pure_dict(state, params)
+    except (KeyError, ValueError) as error:
+        raise ConfigError(
+            f"these parameters are not of this model configuration: {error}"
+        ) from None
+    return nnx.merge(graphdef, state)
