@@ -1,0 +1,210 @@
+"""Recipes: functions that return the configuration of a whole training run.
+
+The first line of a docstring is the command that runs the recipe; hardware and measured result
+follow. Every field can be changed on the command line, so a recipe holds defaults, not limits.
+A new recipe is one function here.
+"""
+
+import difflib
+from collections.abc import Callable
+
+from lm.config import ConfigError, ModelConfig, RopeScaling
+from lm.train.config import (
+    CheckpointConfig,
+    DataConfig,
+    EvalConfig,
+    LogConfig,
+    MeshConfig,
+    OptimConfig,
+    RunConfig,
+)
+
+
+def tiny() -> RunConfig:
+    """python scripts/train.py tiny
+
+    A byte-level decoder of 3.4 million parameters on the sources of Python's standard library.
+    Hardware: 2 CPU cores. Result: not measured yet.
+    """
+    return RunConfig(
+        recipe="tiny",
+        steps=600,
+        batch_size=16,
+        sequence_length=256,
+        model=ModelConfig(
+            vocab_size=320,  # 256 bytes and the end of a document, rounded up to a multiple of 64
+            num_layers=4,
+            d_model=256,
+            num_heads=4,
+            d_ff=704,
+            max_context=1024,
+            dtype="float32",
+        ),
+        optim=OptimConfig(name="adamw", learning_rate=2e-3, schedule="cosine", warmup_steps=50),
+        checkpoint=CheckpointConfig(every=200),
+        eval=EvalConfig(every=100, batches=8),
+        log=LogConfig(every=10),
+    )
+
+
+def gpt2_124m() -> RunConfig:
+    """python scripts/train.py gpt2_124m --data.tokenizer gpt2/tokenizer.json
+
+    The sizes of GPT-2 small (Radford et al. 2019) with RMSNorm and rotary embedding, on 2.5 billion
+    tokens of FineWeb, 524,288 a step. Hardware: one GPU of 80 GB, or several by --mesh.data.
+    Result: not measured yet.
+    """
+    return RunConfig(
+        recipe="gpt2_124m",
+        steps=4768,
+        batch_size=512,
+        sequence_length=1024,
+        micro_batches=8,
+        model=ModelConfig(
+            vocab_size=50_304,  # 50,257 rounded up to a multiple of 128
+            num_layers=12,
+            d_model=768,
+            num_heads=12,
+            d_ff=3072,
+            mlp="gelu",
+            max_context=1024,
+            tie_embeddings=True,
+        ),
+        data=_fineweb("gpt2/tokenizer.json", "sample-10BT"),
+        optim=OptimConfig(name="muon", learning_rate=1.8e-3, schedule="cosine", warmup_steps=250),
+        checkpoint=CheckpointConfig(every=500),
+        eval=EvalConfig(every=250, batches=16),
+    )
+
+
+def llama3_1b() -> RunConfig:
+    """python scripts/train.py llama3_1b --data.tokenizer llama3/tokenizer.json
+
+    Llama 3.2 1B (config.json of meta-llama/Llama-3.2-1B), 524,288 tokens a step. Hardware: one GPU
+    of 141 GB, or several by --mesh.fsdp. Result: not measured yet.
+    """
+    return RunConfig(
+        recipe="llama3_1b",
+        steps=50_000,
+        batch_size=128,
+        sequence_length=4096,
+        micro_batches=16,
+        model=ModelConfig(
+            vocab_size=128_256,
+            num_layers=16,
+            d_model=2048,
+            num_heads=32,
+            num_kv_heads=8,
+            head_dim=64,
+            d_ff=8192,
+            max_context=131_072,
+            rope_theta=500_000.0,
+            rope_scaling=RopeScaling(kind="llama3", factor=32.0, original_context=8192),
+            norm_eps=1e-5,
+            tie_embeddings=True,
+            remat="dots",
+        ),
+        data=_fineweb("llama3/tokenizer.json"),
+        optim=OptimConfig(name="adamw", learning_rate=6e-4, warmup_steps=1000),
+        checkpoint=CheckpointConfig(every=1000),
+        eval=EvalConfig(every=1000, batches=8),
+    )
+
+
+def llama3_8b() -> RunConfig:
+    """python scripts/train.py llama3_8b --mesh.fsdp 8 --data.tokenizer llama3/tokenizer.json
+
+    Llama 3.1 8B (arXiv 2407.21783, table 3; config.json of meta-llama/Llama-3.1-8B), 1,048,576
+    tokens a step. Hardware: 8 accelerators of 80 GB; multiples of 8 by --mesh.fsdp or --mesh.data.
+    Result: not measured yet.
+    """
+    return RunConfig(
+        recipe="llama3_8b",
+        steps=50_000,
+        batch_size=128,
+        sequence_length=8192,
+        micro_batches=4,
+        model=ModelConfig(
+            vocab_size=128_256,
+            num_layers=32,
+            d_model=4096,
+            num_heads=32,
+            num_kv_heads=8,
+            d_ff=14_336,
+            max_context=131_072,
+            rope_theta=500_000.0,
+            rope_scaling=RopeScaling(kind="llama3", factor=8.0, original_context=8192),
+            norm_eps=1e-5,
+            remat="full",
+        ),
+        data=_fineweb("llama3/tokenizer.json"),
+        optim=OptimConfig(name="adamw", learning_rate=3e-4, warmup_steps=2000),
+        mesh=MeshConfig(fsdp=8),
+        checkpoint=CheckpointConfig(every=1000),
+        eval=EvalConfig(every=1000, batches=8),
+    )
+
+
+def qwen3_0_6b() -> RunConfig:
+    """python scripts/train.py qwen3_0_6b --data.tokenizer qwen3/tokenizer.json
+
+    Qwen3 0.6B (config.json of Qwen/Qwen3-0.6B-Base; arXiv 2505.09388, table 1), 524,288 tokens a
+    step. Hardware: one GPU of 80 GB, or several by --mesh.fsdp. Result: not measured yet.
+    """
+    return RunConfig(
+        recipe="qwen3_0_6b",
+        steps=25_000,
+        batch_size=128,
+        sequence_length=4096,
+        micro_batches=16,
+        model=ModelConfig(
+            vocab_size=151_936,
+            num_layers=28,
+            d_model=1024,
+            num_heads=16,
+            num_kv_heads=8,
+            head_dim=128,
+            d_ff=3072,
+            max_context=32_768,
+            rope_theta=1_000_000.0,
+            norm_eps=1e-6,
+            qk_norm=True,
+            tie_embeddings=True,
+            remat="dots",
+        ),
+        data=_fineweb("qwen3/tokenizer.json"),
+        optim=OptimConfig(name="adamw", learning_rate=6e-4, warmup_steps=1000),
+        checkpoint=CheckpointConfig(every=1000),
+        eval=EvalConfig(every=1000, batches=8),
+    )
+
+
+RECIPES: dict[str, Callable[[], RunConfig]] = {
+    recipe.__name__: recipe for recipe in (tiny, gpt2_124m, llama3_1b, llama3_8b, qwen3_0_6b)
+}
+
+
+def get(name: str) -> RunConfig:
+    """The configuration of the recipe `name`; `ConfigError` names the nearest one otherwise."""
+    if name not in RECIPES:
+        near = difflib.get_close_matches(name, RECIPES, n=1)
+        hint = f"did you mean {near[0]}? " if near else ""
+        raise ConfigError(f"unknown recipe {name!r}: {hint}Recipes: {', '.join(RECIPES)}")
+    return RECIPES[name]()
+
+
+def listing() -> str:
+    """The recipes' names, each with the command that its docstring begins with."""
+    width = max(map(len, RECIPES))
+    lines = [f"{name:{width}}  {(f.__doc__ or '').splitlines()[0]}" for name, f in RECIPES.items()]
+    return "\n".join(lines)
+
+
+def _fineweb(tokenizer: str, sample: str = "sample-100BT") -> DataConfig:
+    """Web text (arXiv 2406.17557), streamed; one document in a thousand held out."""
+    return DataConfig(
+        source="hf",
+        path=f"HuggingFaceFW/fineweb:{sample}",
+        tokenizer=tokenizer,
+        valid_fraction=0.001,
+    )

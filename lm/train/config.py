@@ -1,0 +1,290 @@
+"""What a training run is: small frozen dataclasses, each validated where it is made.
+
+The command line is generated from these classes (`lm/cli`), so a field's docstring is its help.
+"""
+
+import dataclasses
+import math
+from typing import Literal
+
+from lm.config import ConfigError, ModelConfig, check, check_positive
+
+__all__ = [
+    "CheckpointConfig",
+    "ConfigError",
+    "DataConfig",
+    "EvalConfig",
+    "GuardConfig",
+    "LogConfig",
+    "MeshConfig",
+    "OptimConfig",
+    "ProfileConfig",
+    "QuantConfig",
+    "RunConfig",
+]
+
+SOURCES = ("stdlib", "text", "json", "parquet", "hf", "mixture")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """Where text comes from and how it becomes tokens."""
+
+    source: Literal["stdlib", "text", "json", "parquet", "hf", "mixture"] = "stdlib"
+    """stdlib: the running Python's own standard library. text, json (lines), parquet: local files.
+    hf: a dataset of the Hugging Face Hub. mixture: a weighted mixture of the others."""
+    path: str = ""
+    """File, folder or glob (text, json, parquet); dataset name or name:subset (hf); a JSON file
+    that lists sources with weights (mixture)."""
+    text_field: str = "text"
+    """Column or key that holds the document."""
+    split: str = "train"
+    """Split of a Hub dataset."""
+    valid_path: str = ""
+    """Held-out files or split; empty holds out documents of the source by hash."""
+    valid_fraction: float = 0.05
+    """Share of documents held out by hash of their name (or text) when valid_path is empty."""
+    streaming: bool = True
+    """hf: stream while tokenizing instead of downloading the whole dataset first."""
+    max_documents: int | None = None
+    """Read at most this many documents of each source."""
+    tokenizer: str = "byte"
+    """"byte", or the path of a tokenizer.json or of a folder that holds one."""
+    cache: str = ""
+    """Folder of the token stores; empty is $ANISO_CACHE or ~/.cache/aniso."""
+    workers: int = 0
+    """Processes that tokenize; 0 is one per core."""
+    prefetch: int = 2
+    """Batches made ahead of the device."""
+
+    def __post_init__(self):
+        check(
+            self.source in SOURCES,
+            f"data.source must be one of {', '.join(SOURCES)}, got {self.source!r}",
+        )
+        check(
+            self.source == "stdlib" or bool(self.path),
+            f"data.source {self.source} needs data.path",
+        )
+        check(
+            0 < self.valid_fraction < 1 or bool(self.valid_path),
+            f"data.valid_fraction must lie between 0 and 1, got {self.valid_fraction}",
+        )
+        check(self.workers >= 0, f"data.workers must be 0 or more, got {self.workers}")
+        check(self.prefetch >= 1, f"data.prefetch must be 1 or more, got {self.prefetch}")
+        check(
+            self.max_documents is None or self.max_documents > 0,
+            f"data.max_documents must be above 0, got {self.max_documents}",
+        )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class OptimConfig:
+    """Optimizer, schedule, clipping."""
+
+    name: str = "adamw"
+    """A registered optimizer (`lm.train.optimizer.OPTIMIZERS`): adamw, muon."""
+    learning_rate: float = 3e-4
+    """Peak learning rate."""
+    schedule: Literal["cosine", "wsd", "linear", "constant"] = "cosine"
+    """Shape after the warm-up. wsd: constant, then linear decay over the last decay_fraction."""
+    warmup_steps: int = 100
+    """Steps of linear warm-up from 0."""
+    decay_fraction: float = 0.2
+    """wsd: share of all steps spent in the final decay."""
+    final_fraction: float = 0.1
+    """Last learning rate as a share of the peak."""
+    weight_decay: float = 0.1
+    """Decoupled, scaled by the learning rate; on matrices only (no norms, biases, embeddings)."""
+    beta1: float = 0.9
+    beta2: float = 0.95
+    eps: float = 1e-8
+    momentum: float = 0.95
+    """muon: momentum of the matrix part."""
+    clip: float = 1.0
+    """Largest global gradient norm; 0 turns clipping off."""
+    state_dtype: Literal["float32", "bfloat16"] = "float32"
+    """Dtype of the first moment."""
+
+    def __post_init__(self):
+        check_positive(self, "learning_rate", "eps")
+        for name in ("beta1", "beta2", "momentum"):
+            value = getattr(self, name)
+            check(0 <= value < 1, f"optim.{name} must lie in [0, 1), got {value}")
+        for name in ("weight_decay", "clip"):
+            value = getattr(self, name)
+            good = value >= 0 and math.isfinite(value)
+            check(good, f"optim.{name} must be 0 or more, got {value}")
+        check(self.warmup_steps >= 0, f"optim.warmup_steps must be >= 0, got {self.warmup_steps}")
+        check(
+            0 < self.decay_fraction <= 1,
+            f"optim.decay_fraction must lie in (0, 1], got {self.decay_fraction}",
+        )
+        check(
+            0 <= self.final_fraction <= 1,
+            f"optim.final_fraction must lie in [0, 1], got {self.final_fraction}",
+        )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class QuantConfig:
+    """Low-precision arithmetic of the linear layers."""
+
+    recipe: str = "none"
+    """A registered recipe (`lm.train.quantization.RECIPES`); none multiplies in model.dtype."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MeshConfig:
+    """How many devices along each mesh axis; their product is the number of devices used."""
+
+    data: int = -1
+    """Data parallel replicas; -1 takes all devices that the other axes leave."""
+    fsdp: int = 1
+    """Data parallel with parameters and optimizer state sharded."""
+    tensor: int = 1
+    """Heads, MLP width and vocabulary sharded."""
+    expert: int = 1
+    """Reserved for expert parallelism."""
+    context: int = 1
+    """Reserved for context parallelism."""
+
+    def __post_init__(self):
+        for field in dataclasses.fields(self):
+            size = getattr(self, field.name)
+            check(
+                size >= 1 or (field.name == "data" and size == -1),
+                f"mesh.{field.name} must be 1 or more"
+                + (" or -1" if field.name == "data" else "")
+                + f", got {size}",
+            )
+        for name in ("expert", "context"):
+            check(
+                getattr(self, name) == 1,
+                f"mesh.{name} is reserved: no layer uses that axis yet, set it to 1",
+            )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class GuardConfig:
+    """When a step's update is thrown away and when the run gives up."""
+
+    spike_sigma: float = 6.0
+    """Skip a step whose loss or gradient norm exceeds the rolling mean by this many standard
+    deviations; 0 skips only steps that are not finite."""
+    window: int = 128
+    """Steps in the rolling statistics; nothing is called a spike before a quarter is filled."""
+    max_consecutive: int = 10
+    """Stop with a checkpoint after this many skipped steps in a row."""
+
+    def __post_init__(self):
+        check(self.spike_sigma >= 0, f"guard.spike_sigma must be >= 0, got {self.spike_sigma}")
+        check(self.window >= 8, f"guard.window must be 8 or more, got {self.window}")
+        check_positive(self, "max_consecutive")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CheckpointConfig:
+    """When state is saved and what is kept."""
+
+    every: int = 500
+    """Steps between checkpoints; the last step is always saved."""
+    keep: int = 3
+    """Newest checkpoints kept; the best by evaluation loss is kept besides."""
+
+    def __post_init__(self):
+        check_positive(self, "every", "keep")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EvalConfig:
+    """Evaluation on held-out data during training."""
+
+    every: int = 250
+    """Steps between evaluations; the last step is always evaluated."""
+    batches: int = 16
+    """Batches per evaluation, always the same ones."""
+
+    def __post_init__(self):
+        check_positive(self, "every", "batches")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LogConfig:
+    """What is written while training."""
+
+    every: int = 10
+    """Steps between rows of metrics.jsonl."""
+    tensorboard: bool = False
+    """Write TensorBoard events too (extra: tensorboard)."""
+    progress: bool = True
+    """Show a progress bar."""
+
+    def __post_init__(self):
+        check_positive(self, "every")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ProfileConfig:
+    """A window of steps traced by the JAX profiler into OUT/profile."""
+
+    start: int = 0
+    """First step traced."""
+    steps: int = 0
+    """Steps traced; 0 turns the profiler off."""
+
+    def __post_init__(self):
+        check(self.start >= 0, f"profile.start must be 0 or more, got {self.start}")
+        check(self.steps >= 0, f"profile.steps must be 0 or more, got {self.steps}")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """Everything that defines a training run."""
+
+    recipe: str = "tiny"
+    """Name of the recipe this run started from."""
+    out: str = ""
+    """Run folder; empty is runs/RECIPE-DATE-TIME."""
+    resume: bool = False
+    """Continue the run in OUT from its newest good checkpoint, or start it if there is none."""
+    steps: int = 1000
+    """Optimizer steps in the whole run."""
+    seed: int = 0
+    """Seed of initialization and data order."""
+    batch_size: int = 32
+    """Sequences per step over all devices."""
+    sequence_length: int = 256
+    """Tokens per sequence."""
+    micro_batches: int = 1
+    """Gradient accumulation: the batch is worked through in this many equal parts."""
+    model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
+    data: DataConfig = dataclasses.field(default_factory=DataConfig)
+    optim: OptimConfig = dataclasses.field(default_factory=OptimConfig)
+    quant: QuantConfig = dataclasses.field(default_factory=QuantConfig)
+    mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
+    guard: GuardConfig = dataclasses.field(default_factory=GuardConfig)
+    checkpoint: CheckpointConfig = dataclasses.field(default_factory=CheckpointConfig)
+    eval: EvalConfig = dataclasses.field(default_factory=EvalConfig)
+    log: LogConfig = dataclasses.field(default_factory=LogConfig)
+    profile: ProfileConfig = dataclasses.field(default_factory=ProfileConfig)
+    sample_prompt: str = "def "
+    """Prompt of the text sampled at the end; empty samples nothing."""
+
+    def __post_init__(self):
+        check_positive(self, "steps", "batch_size", "sequence_length", "micro_batches")
+        check(0 <= self.seed < 2**31, f"seed must lie in [0, 2^31), got {self.seed}")
+        check(
+            self.batch_size % self.micro_batches == 0,
+            f"batch_size ({self.batch_size}) must be a multiple of micro_batches "
+            f"({self.micro_batches})",
+        )
+        check(
+            self.sequence_length <= self.model.max_context,
+            f"sequence_length ({self.sequence_length}) exceeds model.max_context "
+            f"({self.model.max_context})",
+        )
+        check(
+            self.optim.warmup_steps <= self.steps,
+            f"optim.warmup_steps ({self.optim.warmup_steps}) exceeds steps ({self.steps})",
+        )

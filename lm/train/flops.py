@@ -1,0 +1,76 @@
+"""Parameters and FLOPs of a decoder, counted from its configuration alone.
+
+Model FLOPs are those that the mathematics needs (PaLM, arXiv 2204.02311, appendix B): nothing that
+rematerialization repeats, no optimizer, no elementwise work. A multiply-add is 2 FLOPs.
+"""
+
+from lm.config import ConfigError, ModelConfig
+
+# Matrices of d_model x d_ff in one MLP.
+MLP_MATRICES = {"swiglu": 3, "gelu": 2}
+
+
+def parameter_count(config: ModelConfig) -> int:
+    """Parameters of the whole decoder; tied embeddings once.
+
+    Raises `ConfigError` for an MLP kind whose shapes are not known here (expert layers).
+    """
+    d, f = config.d_model, config.d_ff
+    heads, kv_heads = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+    if config.mlp not in MLP_MATRICES:
+        raise ConfigError(f"no parameter count for model.mlp {config.mlp!r}")
+    per_layer = _layer_matmul_parameters(config) + 2 * d  # two norms
+    if config.qkv_bias:
+        per_layer += heads + 2 * kv_heads
+    if config.attention_out_bias:
+        per_layer += d
+    if config.mlp_bias:
+        per_layer += (MLP_MATRICES[config.mlp] - 1) * f + d
+    if config.qk_norm:
+        per_layer += 2 * config.head_dim
+    embeddings = config.vocab_size * d * (1 if config.tie_embeddings else 2)
+    return config.num_layers * per_layer + embeddings + d  # the last norm
+
+
+def model_flops_per_token(config: ModelConfig, sequence_length: int, causal: bool) -> float | None:
+    """FLOPs of forward and backward pass per token of a sequence, or None if not known.
+
+        6 N + 12 H Dh sum_layers(keys)
+
+    with N the weights that a token is multiplied by (attention, MLP and head, tied or not; not the
+    embedding's lookup), H = num_heads, Dh = head_dim, and `keys` the mean number of keys that a
+    query attends to. `causal=False` counts the full square, keys = sequence_length in every layer
+    (the convention of PaLM, levanter, torchtitan); `causal=True` counts what the mask and the
+    sliding windows leave. Boundaries of packed documents are not counted.
+    """
+    if config.mlp not in MLP_MATRICES:
+        return None
+    weights = config.num_layers * _layer_matmul_parameters(config)
+    weights += config.vocab_size * config.d_model
+    windows = config.windows
+    keys = 0.0
+    for layer in range(config.num_layers):
+        window = windows[layer % len(windows)]
+        keys += _mean_causal_keys(sequence_length, window) if causal else sequence_length
+    return 6.0 * weights + 12.0 * config.num_heads * config.head_dim * keys
+
+
+def utilization(
+    flops_per_token: float | None, tokens_per_second: float, devices: int, peak: float | None
+) -> float | None:
+    """Model FLOP utilization in [0, 1]: achieved over `devices` times `peak` FLOP/s, or None."""
+    if flops_per_token is None or peak is None:
+        return None
+    return flops_per_token * tokens_per_second / (devices * peak)
+
+
+def _layer_matmul_parameters(config: ModelConfig) -> int:
+    d, head_dim = config.d_model, config.head_dim
+    attention = 2 * d * head_dim * (config.num_heads + config.num_kv_heads)  # q and o, k and v
+    return attention + MLP_MATRICES[config.mlp] * d * config.d_ff
+
+
+def _mean_causal_keys(length: int, window: int | None) -> float:
+    """Mean over positions t of min(t + 1, window)."""
+    window = min(window or length, length)
+    return (window * (window + 1) / 2 + (length - window) * window) / length
