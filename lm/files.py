@@ -1,0 +1,79 @@
+"""Writing files so that a reader, or a crash, never sees half of one."""
+
+import errno
+import json
+import os
+import uuid
+from pathlib import Path
+from typing import Any
+
+__all__ = [
+    "atomic_write_bytes",
+    "atomic_write_json",
+    "atomic_write_text",
+    "explain_os_error",
+    "sync_folder",
+]
+
+_REASONS = {
+    errno.ENOSPC: ("No space left on device", "the disk is full (free some space)"),
+    errno.EDQUOT: ("Disk quota exceeded", "the disk quota is used up (free some space)"),
+    errno.EFBIG: ("File too large", "a file would exceed the size limit (see `ulimit -f`)"),
+    errno.EROFS: ("Read-only file system", "the file system is read-only"),
+    errno.EACCES: ("Permission denied", "permission is denied (see the folder's owner and mode)"),
+    errno.EPERM: ("Operation not permitted", "the operation is not permitted"),
+}
+
+
+def atomic_write_bytes(path: str | os.PathLike, data: bytes) -> None:
+    """Replace `path` by `data` in one step that survives a crash or a power cut.
+
+    The bytes go to a temporary file in the same folder (a rename is atomic only within one file
+    system), are forced to the disk, and take the name by `os.replace`. On any error, raised as
+    `OSError`, the temporary file is removed and an older `path` stays as it was.
+    """
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}-{uuid.uuid4().hex[:12]}.tmp")
+    try:
+        with open(temporary, "xb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def atomic_write_text(path: str | os.PathLike, text: str) -> None:
+    """`atomic_write_bytes` of UTF-8 text."""
+    atomic_write_bytes(path, text.encode())
+
+
+def atomic_write_json(path: str | os.PathLike, value: Any) -> None:
+    """`atomic_write_bytes` of an indented JSON document."""
+    atomic_write_text(path, json.dumps(value, indent=1) + "\n")
+
+
+def sync_folder(folder: str | os.PathLike) -> None:
+    """Force a folder's own entries (new names, renames) to the disk."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def explain_os_error(error: BaseException) -> str:
+    """One line that says what is wrong with the disk, with the system's own words behind it.
+
+    Libraries that write in C++ (TensorStore) raise `ValueError` with the system's message inside,
+    so the text of any exception is searched, not only `OSError.errno`.
+    """
+    lines = str(error).strip().splitlines()
+    text = lines[0] if lines else type(error).__name__
+    code = error.errno if isinstance(error, OSError) else None
+    for number, (words, reason) in _REASONS.items():
+        if code == number or words in str(error):
+            return f"{reason}: {text[:300]}"
+    return f"{type(error).__name__}: {text[:300]}"
