@@ -156,4 +156,6 @@ class Linear(nnx.Module):
         y = linear(x, self.kernel[...], plug(Site(self.name, layer)) if plug else None)
         # The name lets a rematerialization policy keep exactly the products (lm/model.py).
         y = checkpoint_name(y, "linear")
-        return y + self.bias[...].astype(y.dtype) if self.has_bias else y
+        if not self.has_bias:
+            return y
+        return y + jax.lax.broadcast_in_dim(self.bias[...].astype(y.dtype), y.shape, (y.ndim - 1,))

@@ -5,7 +5,6 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 from lm.config import ModelConfig
@@ -105,8 +104,6 @@ class SelfAttention(nnx.Module):
         else:
             cache = _append(cache, k, v, rotation.cache_index)
             out = _attend_cache(q, cache, rotation, window)
-        # The name lets a rematerialization policy keep the attention output (lm/model.py).
-        out = checkpoint_name(out, "attention")
         return self.out(out.reshape(*x.shape[:2], -1), plug, layer), cache
 
     def _heads(self, x, heads):
@@ -139,7 +136,7 @@ def _attend_cache(q, cache: Cache, rotation: Rotation, window: int | None):
     if rotation.padding is not None:
         visible &= slot[None] >= rotation.padding[:, None, None]
     scores = jnp.where(visible[:, None, None], scores, -jnp.inf)
-    # A padded query sees no slot: give it a uniform row instead of NaN, nobody reads it.
+    # A padded query sees no slot: it gets zeros instead of NaN, and nobody reads it.
     highest = jnp.maximum(scores.max(-1, keepdims=True), jnp.finfo(jnp.float32).min)
     weights = jnp.exp(scores - highest)
     weights /= jnp.maximum(weights.sum(-1, keepdims=True), jnp.finfo(jnp.float32).tiny)

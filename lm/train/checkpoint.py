@@ -1,0 +1,372 @@
+"""Checkpoints of a training run: asynchronous, atomic, checked, resharded on load.
+
+A directory of checkpoints holds one folder per step:
+
+    00000500/arrays/...        every leaf of the state, written by Orbax
+    00000500/checkpoint.json   step, evaluation loss, the caller's `meta`, what leaves there are
+    00000500/manifest.json     size and CRC-32 of each of those files (`lm.train.integrity`)
+
+A save is built in `.saving-STEP-N`, forced to the disk and published by one rename; a removal
+starts with a rename to `.deleting-STEP`. So a process killed at any moment leaves complete
+checkpoints and perhaps a hidden folder, which the next `Checkpoints` of that directory clears away.
+
+Steps, retention and verification are done here and not by Orbax's `CheckpointManager`, which
+removes folders in place (a kill in between leaves a damaged one) and has no checksums.
+"""
+
+import json
+import logging
+import math
+import os
+import re
+import shutil
+import threading
+import uuid
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from lm.files import atomic_write_json, explain_os_error, sync_folder
+from lm.train.checkpoint_arrays import ArrayStore
+from lm.train.checkpoint_checks import (
+    CheckpointError,
+    check_leaves,
+    check_savable,
+    describe,
+    differing_fields,
+    named_leaves,
+)
+from lm.train.checkpoint_processes import agree, from_primary, on_primary
+from lm.train.integrity import MANIFEST, find_damage, write_manifest
+
+__all__ = ["CheckpointError", "Checkpoints", "differing_fields"]
+
+_HEADER = "checkpoint.json"
+_ARRAYS = "arrays"
+_log = logging.getLogger(__name__)
+
+
+class Checkpoints:
+    """The checkpoints of one run, in one directory that all processes share.
+
+    With several processes every method must be called by all of them, in the same order; the
+    process of index 0 does what is done once, and an error of one is raised on all.
+
+    Args:
+      directory: where the checkpoints lie; made if missing unless `read_only`.
+      keep: the newest checkpoints to keep, besides the best by `eval_loss`.
+      asynchronous: write in the background; False makes `save` wait until all is on the disk.
+      read_only: never write, rename or remove anything (to look into a run that may be running).
+      warn: called with one line when a damaged checkpoint is passed over; default: a log warning.
+
+    Raises:
+      CheckpointError: the directory cannot be made or written.
+    """
+
+    def __init__(
+        self,
+        directory: str | os.PathLike,
+        *,
+        keep: int = 3,
+        asynchronous: bool = True,
+        read_only: bool = False,
+        warn: Callable[[str], None] | None = None,
+    ):
+        if keep < 1:
+            raise ValueError(f"keep must be 1 or more, got {keep}")
+        self.directory = Path(directory).absolute()
+        self._keep = keep
+        self._asynchronous = asynchronous
+        self._read_only = read_only
+        self._warn = warn or _log.warning
+        self._primary = jax.process_index() == 0
+        self._thread: threading.Thread | None = None
+        self._failure: CheckpointError | None = None
+        self._saved: int | None = None
+        self._attempts = 0
+        self._arrays = ArrayStore()
+        if not read_only:
+            on_primary(self._claim_directory)
+
+    def save(
+        self, step: int, state: Any, meta: dict[str, Any], *, eval_loss: float | None = None
+    ) -> None:
+        """Save `state` under `step`; afterwards its buffers may be donated or overwritten.
+
+        Returns once the leaves are copied off the devices (on CPU: once they are referenced, which
+        makes JAX copy instead of reuse a donated buffer) and writes in the background. A step that
+        this object has already saved is not saved again.
+
+        Args:
+          step: steps must increase.
+          state: pytree of `jax.Array`; with several processes of global arrays only.
+          meta: a JSON object kept beside the arrays (the configuration, the position in the data).
+          eval_loss: what `best` goes by; the checkpoint with the lowest is kept.
+
+        Raises:
+          CheckpointError: this save cannot start, or the previous one failed in the background.
+        """
+        if self._read_only:
+            raise CheckpointError(f"{self.directory} was opened read-only, step {step} not saved")
+        self.wait()
+        if step == self._saved:
+            return
+        leaves = named_leaves(state)
+        for name, leaf in leaves.items():
+            check_savable(name, leaf)
+        header = {
+            "step": step,
+            "eval_loss": None if eval_loss is None else float(eval_loss),
+            "meta": meta,
+            "leaves": {name: describe(leaf) for name, leaf in leaves.items()},
+        }
+        json.dumps(header)  # a meta that is not JSON is an error here, not in the background
+        # Writers of a save that failed may live a little longer: no name is used twice.
+        self._attempts += 1
+        folder = self.directory / f".saving-{step}-{self._attempts}"
+        on_primary(lambda: self._start(step, folder))
+        try:
+            self._arrays.start(folder / _ARRAYS, leaves)
+        except Exception as error:
+            self._abandon(step, folder, explain_os_error(error))
+        else:
+            self._thread = threading.Thread(
+                target=self._finish, args=(step, folder, header), name=f"checkpoint-{step}"
+            )
+            self._thread.start()
+        if not self._asynchronous or self._failure:
+            self.wait()
+
+    def steps(self) -> list[int]:
+        """Steps of the complete checkpoints, ascending."""
+        try:
+            names = os.listdir(self.directory)
+        except FileNotFoundError:
+            return []
+        return sorted(int(name) for name in names if re.fullmatch(r"\d{8,}", name))
+
+    def latest(self) -> int | None:
+        """The newest complete checkpoint's step."""
+        return max(self.steps(), default=None)
+
+    def best(self) -> int | None:
+        """The step with the lowest finite `eval_loss`, the newer of equals."""
+        losses = {}
+        for step in self.steps():
+            header, _ = self._header(step)
+            loss = header and header.get("eval_loss")
+            if loss is not None and math.isfinite(loss):
+                losses[step] = loss
+        return min(losses, key=lambda step: (losses[step], -step), default=None)
+
+    def meta(self, step: int) -> dict[str, Any]:
+        """The `meta` saved with `step`; CheckpointError where it cannot be read."""
+        header, reason = self._header(step)
+        if header is None:
+            raise CheckpointError(f"checkpoint {self._folder(step)}: {reason}")
+        return header["meta"]
+
+    def restore(
+        self,
+        abstract: Any,
+        step: int | None = None,
+        *,
+        checksums: bool = True,
+        subset: bool = False,
+    ) -> tuple[int, Any, dict[str, Any]]:
+        """Read a checkpoint into the shapes, dtypes and shardings of `abstract`.
+
+        Args:
+          abstract: pytree of `jax.ShapeDtypeStruct` with `sharding` (None: the first device); any
+            mesh will do, not only the one that saved.
+          step: None takes the newest good checkpoint: a damaged newer one is named in a warning,
+            and renamed to STEP.damaged-* unless read-only. A given step must be good itself.
+          checksums: compare the contents of all files with the manifest, not only their sizes.
+          subset: `abstract` may lack leaves that were saved (say, the optimizer's).
+
+        Returns:
+          The step, the state in the structure of `abstract`, and the `meta` saved with it.
+
+        Raises:
+          CheckpointError: no good checkpoint (each is listed with its damage), or one whose leaves
+            are not those of `abstract` (the first differing ones are listed).
+        """
+        self.wait()
+        wanted = named_leaves(abstract)
+        steps = [step] if step is not None else from_primary(lambda: self.steps()[::-1])
+        damaged: dict[int, str] = {}
+        for candidate in steps:
+            header, reason = from_primary(lambda step=candidate: self._inspect(step))
+            if reason is None:
+                check_leaves(self._folder(candidate), header["leaves"], wanted, subset)
+                if checksums:
+                    reason = from_primary(lambda step=candidate: find_damage(self._folder(step)))
+            if reason is None:
+                leaves, reason = self._arrays.read(self._folder(candidate) / _ARRAYS, wanted)
+                reason = agree(reason)
+            if reason is None:
+                self._set_aside(damaged)
+                self._saved = candidate
+                state = jax.tree.unflatten(jax.tree.structure(abstract), leaves)
+                return candidate, state, header["meta"]
+            damaged[candidate] = reason
+            if self._primary and step is None:
+                self._warn(
+                    f"checkpoint {self._folder(candidate)} is damaged, passed over: {reason}"
+                )
+        if not steps:
+            raise CheckpointError(f"there is no checkpoint in {self.directory}")
+        reasons = "; ".join(f"step {step}: {reason}" for step, reason in damaged.items())
+        raise CheckpointError(f"no good checkpoint to restore in {self.directory}: {reasons}")
+
+    def wait(self) -> None:
+        """Wait for the save in the background; CheckpointError (once) if it failed."""
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+        elif not self._failure:
+            return
+        failure, self._failure = self._failure, None
+        if problem := agree(str(failure) if failure else None):
+            self._saved = None
+            raise failure or CheckpointError(f"saving a checkpoint failed: {problem}")
+
+    def close(self) -> None:
+        """`wait`, then release Orbax's threads; a program that ends without it loses a save."""
+        try:
+            self.wait()
+        finally:
+            self._arrays.close()
+
+    def __enter__(self) -> "Checkpoints":
+        return self
+
+    def __exit__(self, kind, error, traceback) -> None:
+        try:
+            self.close()
+        except CheckpointError as failure:
+            if error is None:
+                raise
+            self._warn(str(failure))  # the exception under way is what the user must see
+
+    # Saving
+
+    def _claim_directory(self) -> None:
+        """Make the directory, see that it can be written, clear what a killed process left."""
+        try:
+            self.directory.mkdir(parents=True, exist_ok=True)
+            for path in self.directory.glob(".*"):
+                if re.fullmatch(r"\.(saving|deleting)-.*", path.name):
+                    shutil.rmtree(path)
+            probe = self.directory / f".deleting-{uuid.uuid4().hex}"
+            probe.mkdir()
+            probe.rmdir()
+        except OSError as error:
+            raise CheckpointError(
+                f"cannot write checkpoints to {self.directory}: {explain_os_error(error)}"
+            ) from error
+
+    def _start(self, step: int, folder: Path) -> None:
+        try:
+            newest = self.latest()
+            if newest is None or step > newest:
+                for old in self.directory.glob(".saving-*"):
+                    shutil.rmtree(old, ignore_errors=True)
+                folder.mkdir()
+                return
+        except OSError as error:
+            raise self._failed(step, explain_os_error(error)) from error
+        raise CheckpointError(
+            f"cannot save step {step}: {self.directory} already holds step {newest}, and steps "
+            "must increase; use another directory or move the newer checkpoints away"
+        )
+
+    def _finish(self, step: int, folder: Path, header: dict[str, Any]) -> None:
+        """In the background: wait for Orbax, then seal and publish the folder."""
+        problem = self._arrays.wait()
+        if problem is None and self._primary:
+            try:
+                atomic_write_json(folder / _HEADER, header)
+                write_manifest(folder)
+                os.rename(folder, self._folder(step))
+                sync_folder(self.directory)
+            except OSError as error:
+                problem = explain_os_error(error)
+        if problem is not None:
+            self._abandon(step, folder, problem)
+            return
+        self._saved = step
+        if self._primary:
+            try:
+                self._prune()
+            except OSError as error:  # the new checkpoint is safe, so this stops nothing
+                self._warn(f"cannot remove old checkpoints: {explain_os_error(error)}")
+
+    def _abandon(self, step: int, folder: Path, problem: str) -> None:
+        self._failure = self._failed(step, problem)
+        if not threading.main_thread().is_alive():
+            self._warn(str(self._failure))  # nobody is left to call wait()
+        if self._primary:
+            shutil.rmtree(folder, ignore_errors=True)
+
+    def _failed(self, step: int, problem: str) -> CheckpointError:
+        try:
+            good = self.latest()
+            rest = (
+                f"step {good} is the last good one"
+                if good is not None
+                else "there is no earlier one"
+            )
+        except OSError:  # this error must not take the place of the first one
+            rest = f"{self.directory} cannot be listed either"
+        return CheckpointError(
+            f"saving checkpoint {self._folder(step)} (step {step}) failed: {problem}; {rest}"
+        )
+
+    def _prune(self) -> None:
+        kept = {*self.steps()[-self._keep :], self.best()}
+        for step in self.steps():
+            if step not in kept:
+                doomed = self.directory / f".deleting-{step}"
+                os.rename(self._folder(step), doomed)
+                shutil.rmtree(doomed)
+
+    # Restoring
+
+    def _folder(self, step: int) -> Path:
+        return self.directory / f"{step:08d}"
+
+    def _header(self, step: int) -> tuple[dict[str, Any] | None, str | None]:
+        """The header of a checkpoint, or None and the reason why it cannot be had."""
+        try:
+            header = json.loads((self._folder(step) / _HEADER).read_bytes())
+            if header["step"] != step:
+                return None, f"{_HEADER} is of step {header['step']}"
+            header["meta"], header["leaves"]
+            return header, None
+        except FileNotFoundError:
+            there = self._folder(step).is_dir()
+            return None, f"{_HEADER} is missing" if there else "there is no such checkpoint"
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            return None, f"{_HEADER} cannot be read ({type(error).__name__}: {error})"
+
+    def _inspect(self, step: int) -> tuple[dict[str, Any] | None, str | None]:
+        """`_header`, after comparing all sizes and the header's checksum with the manifest."""
+        folder = self._folder(step)
+        if folder.is_dir() and not (folder / MANIFEST).exists():
+            self._warn(f"checkpoint {folder} has no {MANIFEST}: its contents cannot be verified")
+        damage = find_damage(folder, contents=(_HEADER,))
+        return (None, damage) if damage else self._header(step)
+
+    def _set_aside(self, damaged: dict[int, str]) -> None:
+        """Take damaged checkpoints out of the row, so that their steps can be saved again."""
+
+        def rename() -> None:
+            for step in damaged:
+                target = self._folder(step).with_name(f"{step:08d}.damaged-{uuid.uuid4().hex[:6]}")
+                os.rename(self._folder(step), target)
+
+        if damaged and not self._read_only:
+            on_primary(rename)

@@ -1,0 +1,316 @@
+"""The main job, top to bottom: prepare, restore, train, evaluate, save, sum up."""
+
+import collections
+import contextlib
+import dataclasses
+import importlib.util
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from lm import loss, sharding
+from lm.config import ConfigError
+from lm.data import Loader, Prefetcher, eval_batches, load_tokenizer, open_stores, to_global
+from lm.generate import Sampling, continue_text
+from lm.layers import attention
+from lm.train.checkpoint import Checkpoints
+from lm.train.checkpoint_checks import differing_fields
+from lm.train.config import RunConfig
+from lm.train.evaluation import EvalResult, evaluate
+from lm.train.folder import RunFolder
+from lm.train.optimizer import make_optimizer
+from lm.train.quantization import make_plug
+from lm.train.report import Reporter
+from lm.train.signals import StopSignals
+from lm.train.state import TrainState, abstract_state, init_state
+from lm.train.step import make_eval_step, make_train_step
+
+
+class Diverged(RuntimeError):
+    """Too many steps in a row were refused."""
+
+
+class Stopped(Exception):
+    """The run was asked to stop and has saved its state; `signal` says by what."""
+
+    def __init__(self, received, step: int):
+        super().__init__(f"stopped by {received.name} after step {step}; the state is saved")
+        self.signal = received
+
+
+def enable_compilation_cache() -> None:
+    """Keep compiled programs between runs, in $JAX_COMPILATION_CACHE_DIR or ~/.cache/aniso/xla."""
+    if not jax.config.jax_compilation_cache_dir:
+        folder = Path(os.environ.get("ANISO_CACHE") or "~/.cache/aniso").expanduser() / "xla"
+        jax.config.update("jax_compilation_cache_dir", str(folder))
+
+
+class Trainer:
+    """A run that is ready to start: everything checked, restored and compiled on first use."""
+
+    def __init__(self, config: RunConfig):
+        """Prepare in the order of cost, so that a mistake is told before work is done."""
+        self.mesh = sharding.make_mesh(dataclasses.asdict(config.mesh))
+        sharding.check_mesh(config.model, config.batch_size, config.micro_batches, self.mesh)
+        self.tx, self.schedule = make_optimizer(config.optim, config.steps)
+        self.plug = make_plug(config.quant)
+        self.abstract = abstract_state(config, self.tx, self.mesh)
+        self.batch_sharding = sharding.batch_sharding(self.mesh)
+        step = make_train_step(config, self.tx, self.schedule, self.plug)
+        everywhere = sharding.replicated(self.mesh)
+        shardings = jax.tree.map(lambda leaf: leaf.sharding, self.abstract)
+        self.train_step = jax.jit(step, donate_argnums=0, out_shardings=(shardings, everywhere))
+        self.eval_step = jax.jit(make_eval_step(config, self.plug), out_shardings=everywhere)
+        self._check_step(config)
+        tokenizer = load_tokenizer(config.data.tokenizer)
+        if tokenizer.vocab_size > config.model.vocab_size:
+            raise ConfigError(
+                f"the tokenizer has {tokenizer.vocab_size} ids but model.vocab_size is "
+                f"{config.model.vocab_size}: raise it to at least that"
+            )
+        self.tokenizer = tokenizer
+        self.folder = RunFolder(config)
+        self.config = config = self.folder.config
+        self.path = self.folder.path
+        try:
+            self._open()
+        except BaseException:
+            self.folder.abandon()
+            raise
+
+    def _check_step(self, config: RunConfig) -> None:
+        """Trace the step, so that a name or a shape no layer takes is told in a second."""
+        for name, known in (
+            ("attention", attention.IMPLEMENTATIONS),
+            ("loss", loss.IMPLEMENTATIONS),
+        ):
+            given = getattr(config.model, name)
+            if given is not None and given not in known:
+                raise ConfigError(f"model.{name} must be one of {', '.join(known)}, got {given!r}")
+        if config.log.tensorboard and not importlib.util.find_spec("tensorboardX"):
+            raise ConfigError(
+                "log.tensorboard needs tensorboardX: pip install 'aniso[tensorboard]'"
+            )
+        shape = config.batch_size, config.sequence_length
+        dtypes = dict.fromkeys(("tokens", "targets", "segment_ids", "positions"), jnp.int32)
+        batch = {
+            name: jax.ShapeDtypeStruct(shape, dtype, sharding=self.batch_sharding)
+            for name, dtype in (dtypes | {"weights": jnp.float32}).items()
+        }
+        try:
+            with jax.set_mesh(self.mesh):
+                self.train_step.eval_shape(self.abstract, batch)
+        except NotImplementedError as error:
+            raise ConfigError(str(error)) from error
+
+    def _open(self) -> None:
+        """Data, then the checkpoint or fresh parameters; the first writes into the folder."""
+        config = self.config
+        self.stores = open_stores(config.data, tokenizer=self.tokenizer)
+        self.loader = Loader(
+            self.stores["train"],
+            batch_size=config.batch_size,
+            sequence_length=config.sequence_length,
+            seed=config.seed,
+        )
+        if not self.folder.resuming:
+            self.folder.write_config()
+        self.checkpoints = Checkpoints(
+            self.path / "checkpoints",
+            keep=config.checkpoint.keep,
+            warn=lambda line: print(f"warning: {line}", file=sys.stderr),
+        )
+        try:
+            self.start, self.state = self._restore_or_init()
+            if self.folder.resuming:  # only now: a refused command must not change it
+                self.folder.write_config()
+        except BaseException:
+            self.checkpoints.close()
+            raise
+
+    def _restore_or_init(self) -> tuple[int, TrainState]:
+        if self.folder.resuming and self.checkpoints.steps():
+            step, state, meta = self.checkpoints.restore(self.abstract)
+            differing = differing_fields(meta["data"], self._data_identity())
+            if differing:
+                raise ConfigError(
+                    f"the text is not the one that {self.path} was trained on (saved against "
+                    f"now): {'; '.join(differing)}. Restore the text or start a new run"
+                )
+            if step > self.config.steps:
+                raise ConfigError(
+                    f"{self.path} is at step {step}, beyond --steps {self.config.steps}"
+                )
+            return step, state
+        shardings = jax.tree.map(lambda leaf: leaf.sharding, self.abstract)
+        with jax.set_mesh(self.mesh):
+            init = jax.jit(lambda: init_state(self.config, self.tx), out_shardings=shardings)
+            return 0, init()
+
+    def _data_identity(self) -> dict[str, Any]:
+        return {
+            store.name: [store.fingerprint, round(weight, 9)]
+            for store, weight in self.stores["train"]
+        }
+
+    def save(self, step: int, eval_loss: float | None = None) -> None:
+        """Save the state under `step`, in the background."""
+        meta = {"data": self._data_identity(), "tokens": step * self.tokens_per_step}
+        self.checkpoints.save(step, self.state, meta, eval_loss=eval_loss)
+
+    @property
+    def tokens_per_step(self) -> int:
+        return self.config.batch_size * self.config.sequence_length
+
+    def batch(self, step: int) -> dict[str, jax.Array]:
+        """The global batch of a step; this process makes only its rows."""
+        return to_global(
+            lambda rows: self.loader.batch(step, rows), self.batch_sharding, self.config.batch_size
+        )
+
+    def evaluate(self) -> EvalResult:
+        """Loss on the held-out text, always on the same batches."""
+        config = self.config
+        rows = config.batch_size // config.micro_batches
+        limit = config.eval.batches * config.micro_batches
+        batches = eval_batches(self.stores["valid"], rows, config.sequence_length, limit)
+        return evaluate(self.eval_step, self.state.params, batches, self.batch_sharding)
+
+    def sample(self, max_tokens: int = 300) -> str:
+        """Text that the model continues `config.sample_prompt` with, the prompt included.
+
+        With parameters spread over several processes there is none: "".
+        """
+        if jax.process_count() > 1:
+            return ""
+        params = jax.device_put(self.state.params, jax.devices()[0])
+        prompt, model = self.config.sample_prompt, self.config.model
+        room = model.max_context - len(self.tokenizer.encode(prompt)) - 1
+        if room < 1:
+            return ""
+        count = min(max_tokens, room)
+        pieces = continue_text(model, params, self.tokenizer, prompt, count, Sampling(), 0)
+        return prompt + "".join(pieces)
+
+
+def train(config: RunConfig) -> dict[str, Any]:
+    """Run the whole job and return the content of summary.json.
+
+    Raises:
+      ConfigError: something cannot work; nothing was trained.
+      Stopped: SIGTERM or Ctrl-C; the state is saved.
+      Diverged: too many refused steps in a row; the state is saved.
+      CheckpointError, OSError: a file could not be written or read.
+    """
+    began = time.monotonic()
+    enable_compilation_cache()
+    trainer = Trainer(config)
+    try:
+        with trainer.checkpoints:
+            reporter = Reporter(trainer, began)
+            with contextlib.closing(reporter):
+                with jax.set_mesh(trainer.mesh):
+                    _run(trainer, reporter)
+                return reporter.finish()
+    finally:
+        trainer.folder.close()
+
+
+def _run(trainer: Trainer, reporter: Reporter) -> None:
+    config, last = trainer.config, trainer.config.steps
+    pending: collections.deque[tuple[int, dict[str, jax.Array]]] = collections.deque()
+
+    def settle(ahead: int = 0) -> None:
+        """Read the metrics of all steps but the last `ahead`; waits for them."""
+        refused = 0
+        while len(pending) > ahead:
+            refused = reporter.step(*pending.popleft())
+            if refused >= config.guard.max_consecutive:
+                ahead = 0  # the state to be saved is that after the last step
+        if refused >= config.guard.max_consecutive:
+            _give_up(trainer, refused)
+
+    def evaluates(done: int) -> bool:
+        return done % config.eval.every == 0 or done == last
+
+    def evaluate() -> EvalResult:
+        result = trainer.evaluate()
+        reporter.evaluation(done, result)
+        return result
+
+    done = trainer.start
+    if done and evaluates(done) and not reporter.evaluated(done):
+        evaluate()  # a run that was told to stop after this step had no time for it
+    prefetch = Prefetcher(trainer.batch, trainer.start, config.data.prefetch)
+    with prefetch, StopSignals() as signals, Profiler(config, trainer.path) as profiler:
+        for step in range(trainer.start, last):
+            profiler.before(step)
+            batch = prefetch.get(step)
+            reporter.waited(prefetch.wait_seconds)
+            trainer.state, metrics = trainer.train_step(trainer.state, batch)
+            done = step + 1
+            pending.append((done, metrics))
+            # The device is busy with this step while the host reads the one before.
+            settle(ahead=1)
+            stop = signals.stop_after(done)
+            saves = done % config.checkpoint.every == 0 or done == last or stop
+            if evaluates(done) or saves:
+                settle()
+                with reporter.pause():
+                    result = evaluate() if evaluates(done) and not stop else None
+                    if saves:
+                        trainer.save(done, result and result.loss)
+            if stop:
+                trainer.checkpoints.wait()
+                raise Stopped(signals.received, done)
+        settle()
+    trainer.checkpoints.wait()
+
+
+def _give_up(trainer: Trainer, refused: int) -> None:
+    # A resumed run gets a fresh count, past the batches that were refused.
+    state = trainer.state
+    zero = jax.tree.map(lambda x: x * 0, state.guard.consecutive)
+    trainer.state = dataclasses.replace(state, guard=state.guard._replace(consecutive=zero))
+    step = int(jax.device_get(state.step))
+    trainer.save(step)
+    trainer.checkpoints.wait()
+    raise Diverged(
+        f"{refused} steps in a row up to step {step} were not finite or spiked, so the run stops; "
+        f"step {step} is saved. Lower --optim.learning-rate, raise --guard.spike-sigma, or look at "
+        f"the batches named in {trainer.path / 'metrics.jsonl'}"
+    )
+
+
+class Profiler:
+    """Traces a window of steps into OUT/profile, for TensorBoard or Perfetto."""
+
+    def __init__(self, config: RunConfig, out: Path):
+        self._first = config.profile.start
+        self._end = config.profile.start + config.profile.steps
+        self._folder = out / "profile"
+        self._running = False
+
+    def before(self, step: int) -> None:
+        """Start or stop the trace if the step about to be dispatched is the first in or out."""
+        if self._first <= step < self._end and not self._running:
+            jax.profiler.start_trace(str(self._folder))
+            self._running = True
+        elif self._running and step >= self._end:
+            self._stop()
+
+    def _stop(self) -> None:
+        if self._running:
+            jax.profiler.stop_trace()
+            self._running = False
+
+    def __enter__(self) -> "Profiler":
+        return self
+
+    def __exit__(self, *_) -> None:
+        self._stop()

@@ -1,0 +1,80 @@
+"""Everything that a training step changes, and how it is laid out over a mesh."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh
+from jaxtyping import Array, Int
+
+from lm import model
+from lm.sharding import replicated
+from lm.train.config import RunConfig
+from lm.train.guard import GuardState, init_guard
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class TrainState:
+    """The whole state of a run: saving it and the step's data index makes resuming exact."""
+
+    step: Int[Array, ""]
+    params: model.Params
+    opt_state: Any
+    guard: GuardState
+
+
+def init_state(config: RunConfig, tx: optax.GradientTransformation) -> TrainState:
+    """Fresh state from `config.seed`."""
+    params = model.init(config.model, jax.random.key(config.seed))
+    return TrainState(
+        step=jnp.zeros((), jnp.int32),
+        params=params,
+        opt_state=tx.init(params),
+        guard=init_guard(config.guard),
+    )
+
+
+def state_shardings(config: RunConfig, tx: optax.GradientTransformation, mesh: Mesh) -> TrainState:
+    """A `NamedSharding` for every leaf of the state.
+
+    What mirrors the parameters in the optimizer state (moments, momentum) is laid out like them;
+    counters and statistics are replicated. An optimizer whose per-parameter state has another
+    shape than the parameter (a cached basis, say) is replicated as well.
+    """
+    everywhere = replicated(mesh)
+    abstract = jax.eval_shape(lambda: init_state(config, tx))
+    shapes = jax.tree.map(lambda leaf: leaf.shape, model.abstract_params(config.model))
+    masked = lambda leaf: isinstance(leaf, optax.MaskedNode)  # noqa: E731
+
+    def place(leaf, sharding, shape):
+        if masked(leaf):  # a parameter that this part of the optimizer leaves to another
+            return leaf
+        return sharding if leaf.shape == shape else everywhere
+
+    opt_state = optax.tree.map_params(
+        tx,
+        place,
+        abstract.opt_state,
+        model.shardings(config.model, mesh),
+        shapes,
+        transform_non_params=lambda leaf: everywhere,
+        is_leaf=masked,
+    )
+    return TrainState(
+        step=everywhere,
+        params=model.shardings(config.model, mesh),
+        opt_state=opt_state,
+        guard=jax.tree.map(lambda _: everywhere, abstract.guard),
+    )
+
+
+def abstract_state(config: RunConfig, tx: optax.GradientTransformation, mesh: Mesh) -> TrainState:
+    """Shape, dtype and sharding of every leaf, to restore a checkpoint into."""
+    return jax.tree.map(
+        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+        jax.eval_shape(lambda: init_state(config, tx)),
+        state_shardings(config, tx, mesh),
+    )

@@ -1,0 +1,152 @@
+"""The training step: loss, gradient accumulation, guard, update, metrics. No host round trip."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from lm import model
+from lm.layers.linear import Plug, Site
+from lm.loss import cross_entropy
+from lm.train.config import RunConfig
+from lm.train.guard import judge
+from lm.train.state import TrainState
+
+Batch = dict[str, jax.Array]
+"""tokens, targets, segment_ids, positions: int32 [B, T]; weights: f32 [B, T]."""
+Metrics = dict[str, jax.Array]
+
+GROUPS = ("embedding", "attention", "mlp", "norm", "head")
+
+
+def loss_sum(
+    config: RunConfig, params: model.Params, batch: Batch, plug: Plug | None = None
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """Sum over tokens of weight * negative log-likelihood (nats), and the layers' auxiliaries."""
+    x, auxiliary = model.hidden(
+        config.model,
+        params,
+        batch["tokens"],
+        segment_ids=batch["segment_ids"],
+        positions=batch["positions"],
+        plug=plug,
+    )
+    nll = cross_entropy(
+        x,
+        model.head_kernel(config.model, params),
+        batch["targets"],
+        batch["weights"],
+        soft_cap=config.model.logit_soft_cap,
+        implementation=config.model.loss,
+        dot_general=plug(Site("head")) if plug else None,
+    )
+    return nll.total, auxiliary
+
+
+def make_train_step(
+    config: RunConfig,
+    tx: optax.GradientTransformation,
+    schedule: optax.Schedule,
+    plug: Plug | None = None,
+) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
+    """The pure function (state, batch) -> (state, metrics), to be jitted with `state` donated.
+
+    The loss is the mean over all target tokens of the global batch. With micro-batches, each
+    part's gradient is scaled by the whole batch's token count and the parts are added in f32, so
+    the result is the big batch's however the tokens are spread over the parts.
+    """
+
+    def loss_fn(params, batch, tokens):
+        total, auxiliary = loss_sum(config, params, batch, plug)
+        loss = total / tokens
+        extra = sum(
+            (jnp.sum(value) for name, value in auxiliary.items() if name.startswith("loss/")),
+            start=jnp.zeros((), jnp.float32),
+        )
+        # Layer losses are means over tokens already: average them over the micro-batches.
+        return loss + extra / config.micro_batches, (loss, auxiliary)
+
+    grad_fn = jax.value_and_grad(loss_fn, has_aux=True)
+
+    def gradient(params, batch):
+        tokens = jnp.maximum(jnp.sum(batch["weights"]), 1.0)
+        if config.micro_batches == 1:
+            (_, (loss, auxiliary)), grads = grad_fn(params, batch, tokens)
+            return loss, grads, auxiliary
+
+        # Micro-batch m takes rows m, m + M, ...: every device splits the rows it holds already.
+        def split(x):
+            x = x.reshape(-1, config.micro_batches, *x.shape[1:])
+            return jnp.swapaxes(x, 0, 1)
+
+        def accumulate(carry, micro):
+            (_, (loss, auxiliary)), grads = grad_fn(params, micro, tokens)
+            grads = jax.tree.map(lambda total, g: total + g.astype(total.dtype), carry[1], grads)
+            return (carry[0] + loss, grads), auxiliary
+
+        zeros = jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), params)
+        start = (jnp.zeros((), jnp.float32), zeros)
+        (loss, grads), auxiliary = jax.lax.scan(accumulate, start, jax.tree.map(split, batch))
+        grads = jax.tree.map(lambda g, p: g.astype(p.dtype), grads, params)
+        return loss, grads, jax.tree.map(lambda x: jnp.mean(x, axis=0), auxiliary)
+
+    def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+        loss, grads, auxiliary = gradient(state.params, batch)
+        norms = group_norms(grads)
+        grad_norm = total_norm(norms)
+        ok, guard = judge(config.guard, state.guard, loss, grad_norm)
+        with jax.named_scope("optimizer"):
+            updates, opt_state = tx.update(grads, state.opt_state, state.params)
+            params = optax.apply_updates(state.params, updates)
+        # A refused step leaves parameters and optimizer as they were, at the cost of a select
+        # that fuses into the update.
+        keep = lambda new, old: jnp.where(ok, new, old)  # noqa: E731
+        params = jax.tree.map(keep, params, state.params)
+        opt_state = jax.tree.map(keep, opt_state, state.opt_state)
+        update_norms = group_norms(updates)
+        param_norms = group_norms(params)
+        metrics = {
+            "loss": loss,
+            # The optimizer does not count refused steps, so its schedule waits for them.
+            "learning_rate": jnp.asarray(schedule(state.step - state.guard.skipped), jnp.float32),
+            "skipped": guard.skipped,
+            "consecutive_skips": guard.consecutive,
+            "grad_norm": grad_norm,
+            "param_norm": total_norm(param_norms),
+            "update_norm": total_norm(update_norms),
+            **{f"grad_norm/{group}": norm for group, norm in norms.items()},
+            **{f"param_norm/{group}": norm for group, norm in param_norms.items()},
+            **{f"update_norm/{group}": norm for group, norm in update_norms.items()},
+            **{name: jnp.sum(value) for name, value in auxiliary.items()},
+        }
+        return TrainState(state.step + 1, params, opt_state, guard), metrics
+
+    return step
+
+
+def make_eval_step(config: RunConfig, plug: Plug | None = None):
+    """The pure function (params, batch) -> (sum of nats, number of target tokens)."""
+
+    def step(params: model.Params, batch: Batch) -> tuple[jax.Array, jax.Array]:
+        total, _ = loss_sum(config, params, batch, plug)
+        return total, jnp.sum(batch["weights"])
+
+    return step
+
+
+def group_norms(tree: Any) -> dict[str, jax.Array]:
+    """Frobenius norm over the leaves of each kind of layer; kinds are `GROUPS`."""
+    squares: dict[str, jax.Array] = {}
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+        names = [entry.key for entry in path]
+        group = next((group for group in GROUPS if any(n == group for n in names)), "norm")
+        square = jnp.sum(jnp.square(leaf.astype(jnp.float32)))
+        squares[group] = squares.get(group, jnp.zeros((), jnp.float32)) + square
+    return {group: jnp.sqrt(square) for group, square in sorted(squares.items())}
+
+
+def total_norm(norms: dict[str, jax.Array]) -> jax.Array:
+    """Norm of the whole from the norms of its groups."""
+    return jnp.sqrt(sum(jnp.square(norm) for norm in norms.values()))
