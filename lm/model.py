@@ -92,7 +92,11 @@ class Decoder(nnx.Module):
             )
 
     def __call__(self, tokens, rotation: Rotation, plug: Plug | None, cache: Cache | None):
-        x = jnp.take(self.embedding[...], tokens, axis=0, mode="fill", fill_value=jnp.nan)
+        x = (
+            self.embedding[...]
+            .at[tokens]
+            .get(mode="fill", fill_value=jnp.nan, wrap_negative_indices=False)
+        )
         x = constrain(x.astype(self.config.dtype), ("batch", "sequence", "act_embed"))
         x, auxiliary, cache = _run_layers(self.layers, x, rotation, self.config, plug, cache)
         return self.final_norm(x), auxiliary, cache
@@ -128,7 +132,10 @@ def _run_layers(layers: Block, x, rotation, config: ModelConfig, plug, cache: Ca
     # Layers beyond the last whole period (Gemma 3: 26 layers, a period of 6) run one by one.
     for index in range(whole, config.num_layers):
         inner = _index(scanned, index)
-        x, auxiliary, layer_cache = one(x, inner, windows[index % period])
+        run = functools.partial(one, window=windows[index % period])
+        if config.remat != "none":
+            run = jax.checkpoint(run, policy=REMAT_POLICIES[config.remat])
+        x, auxiliary, layer_cache = run(x, inner)
         last = jax.tree.map(lambda leaf: leaf[None], (auxiliary, layer_cache))
         outputs = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), outputs, last)
     return x, *outputs
@@ -278,10 +285,10 @@ def decode(
     return logits(config, params, x, plug), cache
 
 
-def init_cache(config: ModelConfig, batch: int, length: int, dtype: str | None = None) -> Cache:
+def init_cache(config: ModelConfig, batch: int, length: int) -> Cache:
     """An empty cache for `length` tokens in each of `batch` rows, stacked over layers."""
     shape = (config.num_layers, batch, length, config.num_kv_heads, config.head_dim)
-    return Cache(jnp.zeros(shape, dtype or config.dtype), jnp.zeros(shape, dtype or config.dtype))
+    return Cache(jnp.zeros(shape, config.dtype), jnp.zeros(shape, config.dtype))
 
 
 def head_kernel(config: ModelConfig, params: Params) -> Float[Array, "D V"]:

@@ -1,0 +1,79 @@
+"""`generate.py RUN_OR_CHECKPOINT PROMPT`: print the prompt and what the model makes of it."""
+
+import dataclasses
+import sys
+from collections.abc import Sequence
+from typing import Annotated
+
+import tyro
+
+from lm import exit_codes
+from lm.cli.args import refuse
+from lm.config import ConfigError, check
+
+
+@dataclasses.dataclass(frozen=True)
+class GenerateArgs:
+    """Text from a trained model, written as it is drawn."""
+
+    model: tyro.conf.Positional[str]
+    """A run folder, or one checkpoint in it (RUN/checkpoints/STEP)."""
+    prompt: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="PROMPT")] = ""
+    """Text to continue; empty starts a new document."""
+    max_tokens: int = 200
+    """Most tokens to draw."""
+    temperature: float = 0.8
+    """Logits are divided by this; 0 takes the most likely token."""
+    top_k: int = 0
+    """Draw from this many most likely tokens; 0 is all."""
+    top_p: float = 1.0
+    """Draw from the fewest most likely tokens whose probabilities reach this sum."""
+    seed: int = 0
+    """Equal seeds draw equal text."""
+    step: int | None = None
+    """Checkpoint to take; None is the newest good one."""
+
+    def __post_init__(self):
+        check(self.max_tokens > 0, f"max_tokens must be above 0, got {self.max_tokens}")
+        check(0 <= self.seed < 2**31, f"seed must lie in [0, 2^31), got {self.seed}")
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Generate as the command line says; exits with one of `lm.exit_codes`."""
+    try:
+        args = tyro.cli(GenerateArgs, args=argv, description=__doc__)
+        from lm.train.checkpoint import CheckpointError
+
+        try:
+            _run(args)
+        except CheckpointError as error:
+            print(f"generate.py: error: {error}", file=sys.stderr)
+            raise SystemExit(exit_codes.STORAGE) from None
+    except ConfigError as error:
+        refuse("generate.py", str(error))
+    except BrokenPipeError:  # `generate.py ... | head` is no error
+        sys.stderr.close()
+    except KeyboardInterrupt:
+        print()
+        raise SystemExit(exit_codes.INTERRUPTED) from None
+
+
+def _run(args: GenerateArgs) -> None:
+    from lm.data import load_tokenizer
+    from lm.generate import Sampling, continue_text
+    from lm.train.load import load_run
+    from lm.train.loop import enable_compilation_cache
+
+    sampling = Sampling(temperature=args.temperature, top_k=args.top_k, top_p=args.top_p)
+    enable_compilation_cache()
+    run = load_run(args.model, args.step)
+    tokenizer = load_tokenizer(run.config.data.tokenizer)
+    pieces = continue_text(
+        run.config.model, run.params, tokenizer, args.prompt, args.max_tokens, sampling, args.seed
+    )
+    # What cannot be continued is refused with the first piece, before anything is printed.
+    first = next(pieces)
+    print(args.prompt + first, end="", flush=True)
+    for piece in pieces:
+        print(piece, end="", flush=True)
+    print()

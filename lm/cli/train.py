@@ -1,0 +1,66 @@
+"""`train.py RECIPE --dotted.field value ...`: parse, train, print."""
+
+import os
+import signal
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from lm import exit_codes
+from lm.cli.args import parse_run
+from lm.config import ConfigError
+
+_ADVICE = "once the cause is removed, the same command with --resume continues from there"
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Train as the command line says; exits with one of `lm.exit_codes`."""
+    config = parse_run(argv)
+    from lm import distributed
+    from lm.train.checkpoint import CheckpointError
+    from lm.train.loop import Diverged, Stopped, train
+
+    code = exit_codes.OK
+    try:
+        distributed.initialize()
+        summary = train(config)
+        if summary:
+            show(summary)
+    except ConfigError as error:
+        code = fail(exit_codes.USAGE, error)
+    except Diverged as error:
+        code = fail(exit_codes.DIVERGED, error)
+    except Stopped as error:
+        interrupted = error.signal is signal.SIGINT
+        code = exit_codes.INTERRUPTED if interrupted else exit_codes.PREEMPTED
+        fail(code, error)
+    except KeyboardInterrupt:
+        code = fail(exit_codes.INTERRUPTED, "interrupted; the last checkpoint holds what was saved")
+    except CheckpointError as error:
+        code = fail(exit_codes.STORAGE, f"{error}; {_ADVICE}")
+    except OSError as error:
+        from lm.files import explain_os_error
+
+        where = f"{error.filename}: " if error.filename else ""
+        code = fail(exit_codes.STORAGE, f"{where}{explain_os_error(error)}; {_ADVICE}")
+    sys.stdout.flush()
+    sys.stderr.flush()
+    raise SystemExit(code)
+
+
+def show(summary: dict[str, Any]) -> None:
+    """Print a sample of generated text, then the summary."""
+    from lm.train.summary import render_summary
+
+    sample = summary["paths"].get("sample")
+    if sample:
+        print(f"{Path(sample).read_text().rstrip()}\n{'-' * 72}")
+    print(render_summary(summary), end="")
+
+
+def fail(code: int, message: object) -> int:
+    """Print one line on stderr and return `code`."""
+    program = os.path.basename(sys.argv[0])
+    print(f"{program}: {'error: ' if code < 64 else ''}{message}", file=sys.stderr)
+    return code
