@@ -35,3 +35,10 @@ def initialize() -> bool:
 
     jax.distributed.initialize(values[names[0]], count, index)
     return True
+
+
+def several() -> bool:
+    """Whether this process has joined others."""
+    import jax
+
+    return jax.distributed.is_initialized()

@@ -92,11 +92,8 @@ class Decoder(nnx.Module):
             )
 
     def __call__(self, tokens, rotation: Rotation, plug: Plug | None, cache: Cache | None):
-        x = (
-            self.embedding[...]
-            .at[tokens]
-            .get(mode="fill", fill_value=jnp.nan, wrap_negative_indices=False)
-        )
+        rows = jnp.asarray(self.embedding[...]).at[tokens]
+        x = rows.get(mode="fill", fill_value=jnp.nan, wrap_negative_indices=False)
         x = constrain(x.astype(self.config.dtype), ("batch", "sequence", "act_embed"))
         x, auxiliary, cache = _run_layers(self.layers, x, rotation, self.config, plug, cache)
         return self.final_norm(x), auxiliary, cache

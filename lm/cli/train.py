@@ -10,8 +10,15 @@ from typing import Any
 from lm import exit_codes
 from lm.cli.args import parse_run
 from lm.config import ConfigError
+from lm.host import use_huge_pages
 
 _ADVICE = "once the cause is removed, the same command with --resume continues from there"
+
+
+def entry() -> None:
+    """The command: `main` in a process whose malloc uses huge pages (`lm.host`)."""
+    use_huge_pages()
+    main()
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -21,7 +28,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     from lm.train.checkpoint import CheckpointError
     from lm.train.loop import Diverged, Stopped, train
 
-    code = exit_codes.OK
+    code, alone = exit_codes.OK, False
     try:
         distributed.initialize()
         summary = train(config)
@@ -36,16 +43,28 @@ def main(argv: Sequence[str] | None = None) -> None:
         code = exit_codes.INTERRUPTED if interrupted else exit_codes.PREEMPTED
         fail(code, error)
     except KeyboardInterrupt:
+        alone = True
         code = fail(exit_codes.INTERRUPTED, "interrupted; the last checkpoint holds what was saved")
     except CheckpointError as error:
         code = fail(exit_codes.STORAGE, f"{error}; {_ADVICE}")
     except OSError as error:
         from lm.files import explain_os_error
 
+        alone = True
         where = f"{error.filename}: " if error.filename else ""
         code = fail(exit_codes.STORAGE, f"{where}{explain_os_error(error)}; {_ADVICE}")
+    except Exception:
+        import traceback
+
+        alone = True
+        traceback.print_exc()
+        code = exit_codes.FAILED
     sys.stdout.flush()
     sys.stderr.flush()
+    if alone and distributed.several():
+        # The other processes know nothing of it: they stop when this one is gone, for which JAX
+        # would wait minutes at its exit.
+        os._exit(code)
     raise SystemExit(code)
 
 

@@ -210,15 +210,22 @@ def train(config: RunConfig) -> dict[str, Any]:
     began = time.monotonic()
     enable_compilation_cache()
     trainer = Trainer(config)
-    try:
-        with trainer.checkpoints:
+    with contextlib.ExitStack() as stack:
+        stack.callback(trainer.folder.close)
+        stack.enter_context(trainer.checkpoints)
+        try:
             reporter = Reporter(trainer, began)
             with contextlib.closing(reporter):
                 with jax.set_mesh(trainer.mesh):
                     _run(trainer, reporter)
                 return reporter.finish()
-    finally:
-        trainer.folder.close()
+        except (Stopped, Diverged):
+            raise
+        except BaseException:
+            if jax.process_count() > 1:
+                # The other processes do not know of it, and closing would wait for them.
+                stack.pop_all()
+            raise
 
 
 def _run(trainer: Trainer, reporter: Reporter) -> None:

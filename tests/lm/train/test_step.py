@@ -103,8 +103,8 @@ def test_micro_batches_accumulate_in_f32_for_bf16_parameters():
     jaxpr = jax.make_jaxpr(make_train_step(config, tx, schedule))(state, make_batch(0))
     (scan,) = [eqn for eqn in jaxpr.eqns if eqn.primitive.name == "scan"]
     assert scan.params["length"] == 4
-    sums = [v.aval for v in scan.outvars[: scan.params["num_carry"]]]
     shapes = [p.shape for p in jax.tree.leaves(state.params)]
+    sums = [v.aval for v in scan.outvars[: 1 + len(shapes)]]  # what is carried comes first
     assert sorted(v.shape for v in sums) == sorted([(), *shapes])
     assert all(v.dtype == jnp.float32 for v in sums)
 
