@@ -30,6 +30,11 @@ def check_positive(config: Any, *names: str) -> None:
             good and math.isfinite(value) and value > 0,
             f"{type(config).__name__}.{name} must be above 0, got {value!r}",
         )
+        whole = type(config).__dataclass_fields__[name].type in (int, int | None)
+        check(
+            isinstance(value, int) or not whole,
+            f"{type(config).__name__}.{name} must be a whole number, got {value!r}",
+        )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

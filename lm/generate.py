@@ -59,7 +59,9 @@ def sample(key: Array, logits: Float[Array, "B V"], sampling: Sampling) -> Int[A
 
 @functools.partial(jax.jit, static_argnames=("config",), donate_argnames=("cache",))
 def _prefill(config, params, tokens, cache, index, padding):
-    logits, cache = model.decode(config, params, tokens, cache, index, padding=padding)
+    logits, cache = model.decode(
+        config, params, tokens, cache, index, padding=padding, last_only=True
+    )
     return logits[:, -1], cache
 
 

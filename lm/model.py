@@ -40,7 +40,7 @@ REMAT_POLICIES = {
     "dots": jax.checkpoint_policies.save_only_these_names("linear", "attention"),
     # Keep one activation per layer besides the layer's input.
     "attention": jax.checkpoint_policies.save_only_these_names("attention"),
-    # Keep only each layer's input.
+    # Keep only the input of each layer (of each period of an attention pattern).
     "full": jax.checkpoint_policies.nothing_saveable,
 }
 
@@ -260,6 +260,7 @@ def decode(
     index: Int[Array, ""],
     *,
     padding: Int[Array, " B"] | None = None,
+    last_only: bool = False,
     plug: Plug | None = None,
 ) -> tuple[Float[Array, "B T V"], Cache]:
     """Logits of T new tokens that follow those in the cache, and the cache with them added.
@@ -271,6 +272,7 @@ def decode(
       cache: as from `init_cache` or an earlier call.
       index: number of slots filled before.
       padding: slots at the start of each row that hold no token (prompts padded on the left).
+      last_only: return the logits of the last token alone, [B, 1, V].
       plug: as in `apply`.
     """
     positions = index + jnp.arange(tokens.shape[1])[None]
@@ -279,6 +281,7 @@ def decode(
     positions = jnp.broadcast_to(positions, tokens.shape)
     rotation = Rotation(*rotary.cos_sin(positions, config), None, index, padding)
     x, _, cache = _model(config, params)(tokens, rotation, plug, cache)
+    x = x[:, -1:] if last_only else x
     return logits(config, params, x, plug), cache
 
 
@@ -298,7 +301,12 @@ def logits(
 ) -> Float[Array, "B T V"]:
     """head(x) in f32, soft-capped if the configuration says so (arXiv 2408.00118, section 2)."""
     dot_general = plug(Site("head")) if plug else None
-    y = linear(x, head_kernel(config, params), dot_general).astype(jnp.float32)
+    head = head_kernel(config, params)
+    if dot_general is None:
+        # Accumulated in f32 and left there, as the training loss does.
+        y = jnp.matmul(x, head.astype(x.dtype), preferred_element_type=jnp.float32)
+    else:
+        y = linear(x, head, dot_general).astype(jnp.float32)
     y = constrain(y, ("batch", "sequence", "act_vocab"))
     cap = config.logit_soft_cap
     return y if cap is None else cap * jnp.tanh(y / cap)

@@ -41,8 +41,10 @@ def make_mesh(sizes: Mapping[str, int], devices: list[jax.Device] | None = None)
     """A mesh over `devices` (default: all) with the sizes given; `data` = -1 takes what is left.
 
     Raises:
-      ConfigError: if the product of the sizes does not fit the number of devices.
+      ConfigError: unknown axis, or sizes whose product does not fit the number of devices.
     """
+    if unknown := sorted(set(sizes) - set(MESH_AXES)):
+        raise ConfigError(f"unknown mesh axis {unknown[0]!r}: there are {', '.join(MESH_AXES)}")
     devices = list(jax.devices() if devices is None else devices)
     sizes = {axis: sizes.get(axis, 1) for axis in MESH_AXES}
     rest = math.prod(size for size in sizes.values() if size != -1)

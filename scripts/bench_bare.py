@@ -5,15 +5,13 @@ not, [B * T, D] activations, T x T attention, whole logits. bench_train.py holds
 the fastest of these variants.
 """
 
-import functools
-
 import jax
 import jax.numpy as jnp
 import optax
 from jax.experimental.layout import Layout, with_layout_constraint
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=())
+@jax.custom_vjp
 def matmul(x, w):
     return x @ w.astype(x.dtype)
 

@@ -48,6 +48,8 @@ def enable_compilation_cache() -> None:
     if not jax.config.jax_compilation_cache_dir:
         folder = Path(os.environ.get("ANISO_CACHE") or "~/.cache/aniso").expanduser() / "xla"
         jax.config.update("jax_compilation_cache_dir", str(folder))
+        # JAX keeps what took a second; a small model has a dozen programs that take less.
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
 
 
 class Trainer:

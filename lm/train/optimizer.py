@@ -105,18 +105,23 @@ def _muon(config: OptimConfig, schedule: optax.Schedule) -> optax.GradientTransf
             params,
         )
 
-    return optax.contrib.muon(
+    muon = optax.contrib.muon(
         schedule,
         beta=config.momentum,
         eps=config.eps,
         mu_dtype=config.state_dtype,
         weight_decay=config.weight_decay,
-        adam_b1=config.beta1,
-        adam_b2=config.beta2,
         muon_weight_dimension_numbers=dimensions,
         # Updates of the root mean square that AdamW's have, so that one learning rate serves
         # both (arXiv 2502.16982, section 2.2).
         consistent_rms=0.2,
+    )
+    # Everything else gets our AdamW: optax's own has Nesterov momentum and no weight decay.
+    return optax.partition(
+        {"muon": muon, "adamw": _adamw(config, schedule)},
+        lambda params: jax.tree.map(
+            lambda label: "muon" if label == "matrix" else "adamw", parameter_labels(params)
+        ),
     )
 
 

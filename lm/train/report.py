@@ -10,7 +10,7 @@ import jax
 import numpy as np
 
 from lm import devices
-from lm.files import atomic_write_text
+from lm.files import atomic_write_json, atomic_write_text
 from lm.train import flops, plot, summary
 from lm.train.checkpoint_processes import from_primary
 from lm.train.evaluation import EvalResult
@@ -48,6 +48,7 @@ class Reporter:
             self._steps, trainer.start, enabled=config.log.progress and self._primary
         )
         if self._primary:
+            atomic_write_json(trainer.path / "data.json", trainer.loader.statistics())
             self._log = MetricsLog(
                 trainer.path / "metrics.jsonl",
                 # Without a checkpoint a resumed run starts over, and so do its rows.

@@ -38,6 +38,7 @@ BAD_MODELS = [
     (dict(d_model=100, num_heads=12), r"d_model \(100\).*num_heads \(12\)"),
     (dict(d_model=36, num_heads=12), "head_dim must be even.*3"),
     (dict(num_heads=12, num_kv_heads=5), r"num_heads \(12\).*num_kv_heads \(5\)"),
+    (dict(num_layers=1.5), "num_layers must be a whole number, got 1.5"),
     (dict(num_layers=0), "num_layers must be above 0, got 0"),
     (dict(vocab_size=-1), "vocab_size must be above 0, got -1"),
     (dict(d_ff=True), "d_ff must be above 0, got True"),

@@ -74,9 +74,10 @@ def test_switches():
 
 
 def test_derived_widths_follow_the_heads():
-    model = parse_run(["tiny", "--model.num-heads", "8"]).model
+    wide = ["tiny", "--model.d-model", "256", "--model.num-heads", "8"]
+    model = parse_run(wide).model
     assert (model.head_dim, model.num_kv_heads) == (32, 8)
-    model = parse_run(["tiny", "--model.num-heads", "8", "--model.head-dim", "64"]).model
+    model = parse_run([*wide, "--model.head-dim", "64"]).model
     assert (model.head_dim, model.num_kv_heads) == (64, 8)
     model = parse_run(["qwen3_0_6b", "--model.num-heads", "8"]).model  # the recipe chose these
     assert (model.head_dim, model.num_kv_heads) == (128, 8)

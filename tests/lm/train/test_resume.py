@@ -15,66 +15,80 @@ from lm.train.config import MeshConfig
 from lm.train.loop import train
 
 # Imports everything once, then forks runs before any backend has started: a kill costs little.
-KILL = """
-import json, os, signal, sys, time
-from pathlib import Path
+# Each run but the last kills itself, after some time or at a certain point of its work.
+KILLS = """
+import json, os, signal, sys, threading
 from lm.cli.train import main
+from lm.train.checkpoint_arrays import ArrayStore
+from lm.train.metrics import MetricsLog
 import lm.train.loop, lm.train.plot, lm.data.loader, lm.data.store, orbax.checkpoint, grain
 
-plans, words = json.loads(sys.argv[1]), sys.argv[2:]
-out = Path(words[-1].partition("=")[2])
-metrics, checkpoints = out / "metrics.jsonl", out / "checkpoints"
+def die():
+    os.kill(os.getpid(), signal.SIGKILL)
 
-def reached(kind, value, began):
+def arrange(kind, value):
     if kind == "seconds":
-        return time.monotonic() - began > value
-    if kind == "rows":
-        return metrics.exists() and metrics.read_bytes().count(b"\\n") >= value
-    return (checkpoints / f".saving-{value}").exists()
+        threading.Timer(value, die).start()
+    elif kind == "row":
+        write = MetricsLog.write
+        def patched(self, row):
+            write(self, row)
+            if row["step"] == value:
+                die()
+        MetricsLog.write = patched
+    elif kind == "arrays":
+        start = ArrayStore.start
+        def patched(self, folder, arrays):
+            start(self, folder, arrays)
+            if str(value) in folder.parent.name:
+                die()
+        ArrayStore.start = patched
+    else:
+        rename = os.rename
+        def patched(old, new, **options):
+            last = str(new).endswith(f"{value:08d}")
+            if last and kind == "sealed":
+                die()
+            rename(old, new, **options)
+            if last:
+                die()
+        os.rename = patched
 
-for kind, value, delay in plans:
+plans, words = json.loads(sys.argv[1]), sys.argv[2:]
+for plan in [*plans, None]:
     pid = os.fork()
     if not pid:
-        os.setpgid(0, 0)
+        if plan:
+            arrange(*plan)
         main([*words, "--resume"])
-    began = time.monotonic()
-    while not reached(kind, value, began):
-        if os.waitpid(pid, os.WNOHANG)[0]:
-            sys.exit(f"ended by itself before {kind} {value}")
-        time.sleep(0.0005)
-    time.sleep(delay)
-    os.kill(pid, signal.SIGKILL)
-    _, status = os.waitpid(pid, 0)
-    steps = sorted(p.name for p in checkpoints.iterdir()) if checkpoints.exists() else []
-    print(kind, value, os.WTERMSIG(status), steps)
-pid = os.fork()
-if not pid:
-    main([*words, "--resume"])
-sys.exit(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))
+    code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    if code != (-signal.SIGKILL if plan else 0):
+        sys.exit(f"{plan} ended with {code}")
 """
-PLANS = [
-    ["seconds", 0.3, 0],
-    ["rows", 2, 0],
-    ["saving", 4, 0.003],
-    ["rows", 6, 0.001],
-    ["saving", 8, 0.01],
-    ["saving", 12, 0.0],
-]
-MUON = {"optim__name": "muon", "micro_batches": 2}
+PLANS = {
+    "adamw": [
+        ["seconds", 0.3],
+        ["row", 2],
+        ["arrays", 4],
+        ["sealed", 4],
+        ["saved", 4],
+        ["row", 10],
+        ["saved", 12],
+    ],
+    "muon": [["arrays", 4], ["row", 6], ["sealed", 12]],
+}
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("changes", [{}, MUON], ids=["adamw", "muon-micro-batches"])
-def test_kills_leave_no_trace(
-    changes, tiny_run, tmp_path, environment, finished, rows_of, state_of
-):
-    whole = finished
-    if changes:
-        whole = tmp_path / "whole"
+@pytest.mark.parametrize("name", PLANS)
+def test_kills_leave_no_trace(name, tiny_run, tmp_path, environment, finished, rows_of, state_of):
+    whole, changes = finished, {}
+    if name == "muon":
+        whole, changes = tmp_path / "whole", {"optim__name": "muon", "micro_batches": 2}
         train(tiny_run(whole, **changes))
     config = tiny_run(tmp_path / "killed", **changes)
     words = [w for w in run_flags(config) if not w.startswith("--out=")]
-    command = [sys.executable, "-c", KILL, json.dumps(PLANS), *words, f"--out={config.out}"]
+    command = [sys.executable, "-c", KILLS, json.dumps(PLANS[name]), *words, f"--out={config.out}"]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stderr
     assert "damaged" not in done.stderr
