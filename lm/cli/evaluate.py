@@ -73,9 +73,10 @@ def _parse(words: list[str]) -> EvaluateArgs:
     run = load_run_config(locate(words[0])[0]).data
     source, path = _value(words, "--data.source"), _value(words, "--data.path")
     data = run
-    if source or path:
-        if source is None:  # a path alone is other text of the run's kind
-            source = "text" if run.source == "stdlib" else run.source
+    if source is None and path is not None:  # a path alone is other text of the run's kind
+        source = "text" if run.source == "stdlib" else run.source
+    # The run's own text, named again, keeps the run's way of holding out.
+    if source and (source, path or "") != (run.source, run.path):
         # Another source shares only the tokenizer and the cache with the run's.
         data = DataConfig(source=source, path=path or "", tokenizer=run.tokenizer, cache=run.cache)
     default = EvaluateArgs(model=words[0], data=data)
@@ -99,6 +100,7 @@ def _run(args: EvaluateArgs) -> str:
     from lm.train.evaluation import evaluate
     from lm.train.load import load_run
     from lm.train.loop import enable_compilation_cache
+    from lm.train.metrics import jsonable
     from lm.train.quantization import make_plug
     from lm.train.step import make_eval_step
 
@@ -139,7 +141,7 @@ def _run(args: EvaluateArgs) -> str:
         "seconds": round(seconds, 3),
     }
     if args.json:
-        return json.dumps(values)
+        return json.dumps({name: jsonable(value) for name, value in values.items()})
     return "\n".join(
         [
             f"checkpoint      step {run.step} of {args.model}",

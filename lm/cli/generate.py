@@ -1,6 +1,7 @@
 """`generate.py RUN_OR_CHECKPOINT PROMPT`: print the prompt and what the model makes of it."""
 
 import dataclasses
+import os
 import sys
 from collections.abc import Sequence
 from typing import Annotated
@@ -34,6 +35,8 @@ class GenerateArgs:
     """Checkpoint to take; None is the newest good one."""
 
     def __post_init__(self):
+        surrogates = any(0xD800 <= ord(c) < 0xE000 for c in self.prompt)
+        check(not surrogates, "the prompt is not valid UTF-8")
         check(self.max_tokens > 0, f"max_tokens must be above 0, got {self.max_tokens}")
         check(0 <= self.seed < 2**31, f"seed must lie in [0, 2^31), got {self.seed}")
 
@@ -52,7 +55,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     except ConfigError as error:
         refuse("generate.py", str(error))
     except BrokenPipeError:  # `generate.py ... | head` is no error
-        sys.stderr.close()
+        # What is left in the buffer would raise once more when Python exits.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except KeyboardInterrupt:
         print()
         raise SystemExit(exit_codes.INTERRUPTED) from None

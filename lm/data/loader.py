@@ -4,6 +4,7 @@ A row is a window of T tokens of a store's stream, and one more as the last targ
 overlap, so an epoch trains every token once (the last at most T tokens of a store are left out).
 """
 
+import bisect
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
@@ -201,17 +202,19 @@ def eval_batches(
         bits per byte = summed loss / (ln 2 * summed n_bytes).
     """
     whole = [stores] if isinstance(stores, Store) else [store for store, _ in stores]
-    rows = [
-        (store, start) for store in whole for start in range(0, store.tokens - 1, sequence_length)
-    ]
-    if not rows:
+    counts = [-(-(store.tokens - 1) // sequence_length) for store in whole]
+    begins = np.concatenate([[0], np.cumsum(counts)]).tolist()
+    total = begins[-1]
+    if not total:
         raise DataError("the held-out text has fewer than 2 tokens: give data.valid_path")
-    wanted = len(rows) if limit is None else min(len(rows), limit * batch_size)
-    rows = [rows[i * len(rows) // wanted] for i in range(wanted)]
+    wanted = total if limit is None else min(total, limit * batch_size)
     for first in range(0, wanted, batch_size):
         batch: Batch = {}
         n_bytes = 0
-        for row, (store, start) in enumerate(rows[first : first + batch_size]):
+        for row in range(min(batch_size, wanted - first)):
+            index = (first + row) * total // wanted
+            number = bisect.bisect_right(begins, index) - 1
+            store, start = whole[number], (index - begins[number]) * sequence_length
             length = min(sequence_length, store.tokens - 1 - start)
             packed = pack_rows([Rows(store, np.array([0]), np.array([start]))], 1, length)
             counted = packed["targets"][packed["weights"] > 0]

@@ -16,6 +16,7 @@ from lm.train.config import DataConfig
 
 KEYS = ("name", "source", "path", "weight", "text_field", "valid_path", "split", "max_documents")
 LOCAL = ("text", "json", "parquet")
+MAX_WEIGHT = 1e12
 
 
 class Member(NamedTuple):
@@ -39,6 +40,10 @@ def members(config: DataConfig) -> list[Member]:
     if config.source != "mixture":
         return [Member(_name(config), 1.0, config)]
     file = Path(config.path).expanduser()
+    if config.valid_path:
+        raise DataError(
+            f"data.valid_path does not apply to a mixture: give valid_path to the sources in {file}"
+        )
     try:
         rows = json.loads(file.read_text(encoding="utf-8"))
     except OSError as error:
@@ -66,15 +71,23 @@ def _member(config: DataConfig, row: dict, file: Path, number: int) -> Member:
         if key not in KEYS:
             near = difflib.get_close_matches(key, KEYS, 1) or [", ".join(KEYS)]
             raise DataError(f"{where}: unknown key {key!r}; did you mean {near[0]}?")
+    for key in set(KEYS) & set(row) - {"weight", "max_documents"}:
+        if not isinstance(row[key], str):
+            raise DataError(f"{where}: {key} must be a string, got {row[key]!r}")
     kind = row.get("source")
     if kind not in SOURCES:
         raise DataError(f"{where}: source must be one of {', '.join(SOURCES)}, got {kind!r}")
     weight = row.get("weight", 1.0)
     number_like = isinstance(weight, (int, float)) and not isinstance(weight, bool)
-    if not number_like or not math.isfinite(weight) or weight <= 0:
-        raise DataError(f"{where}: weight must be above 0, got {weight!r}")
+    if not number_like or not 0 < weight < MAX_WEIGHT:
+        raise DataError(
+            f"{where}: weight must be above 0 (a number below {MAX_WEIGHT:g}), got {weight!r:.40}"
+        )
+    limit = row.get("max_documents")
+    if limit is not None and type(limit) is not int:
+        raise DataError(f"{where}: max_documents must be a whole number or null, got {limit!r}")
     fields = {key: value for key, value in row.items() if key not in ("name", "weight")}
-    # The mixture file's own path and the run's valid_path belong to no member.
+    # The mixture file's own path belongs to no member.
     fields = {"path": "", "valid_path": "", **fields}
     for key in ("path", "valid_path"):
         if fields[key] and kind in LOCAL:
@@ -110,7 +123,7 @@ def split_documents(
     """Label every document "train" or "valid", in order, by the hash of its name.
 
     With fewer than 5 / fraction documents hashes would often hold out none, so those with the
-    smallest hashes are held out, at least one; of a single document its last `fraction`.
+    smallest hashes are held out, at least one; of a single document about its last `fraction`.
     """
     few = min(math.ceil(5 / fraction), 4096)
     documents = iter(documents)
@@ -123,13 +136,21 @@ def split_documents(
         for i, document in enumerate(first):
             yield ("valid" if i in valid else "train"), document
     else:
+        # Always held out, as in 1 of 150 cases the hashes of 5 / fraction documents hold out none.
+        lowest = min(first, key=_hash)
         for document in itertools.chain(first, documents):
-            yield ("valid" if held_out(document, fraction) else "train"), document
+            valid = document is lowest or held_out(document, fraction)
+            yield ("valid" if valid else "train"), document
 
 
 def _cut(document: Document, fraction: float) -> Iterator[tuple[str, Document]]:
-    """The front and the last `fraction` of a document, cut behind a line where there is one."""
+    """The front and about the last `fraction` of a document, cut behind a line where one ends near.
+
+    A cut at a line may at most double what is held out: a text without lines but for a title would
+    otherwise leave nothing but the title to train on.
+    """
     middle = round(len(document.text) * (1 - fraction))
-    middle = document.text.rfind("\n", 0, middle) + 1 or middle
+    earliest = max(0, 2 * middle - len(document.text))
+    middle = document.text.rfind("\n", earliest, middle) + 1 or middle
     yield "train", Document(document.name, document.text[:middle])
     yield "valid", Document(document.name, document.text[middle:])

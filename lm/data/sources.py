@@ -110,10 +110,11 @@ def _stamp(files: dict[str, Path]) -> list:
 
 
 def _read_text(file: Path) -> str:
-    if file.suffix == ".zst":
+    ending = file.suffix.lower()
+    if ending == ".zst":
         with file.open("rb") as raw, require("zstandard").open(raw, "rb") as stream:
             return stream.read().decode("utf-8")
-    opener = {".gz": "gzip", ".xz": "lzma", ".bz2": "bz2"}.get(file.suffix, "builtins")
+    opener = {".gz": "gzip", ".xz": "lzma", ".bz2": "bz2"}.get(ending, "builtins")
     with importlib.import_module(opener).open(file, "rb") as stream:
         return stream.read().decode("utf-8")
 
@@ -130,7 +131,7 @@ def _text_files(files: dict[str, Path], definition: list) -> Source:
                 continue
             yield Document(name, text)
 
-    packed = any(file.suffix in COMPRESSIONS for file in files.values())
+    packed = any(file.suffix.lower() in COMPRESSIONS for file in files.values())
     size = None if packed else sum(file.stat().st_size for file in files.values())
     return Source(definition, read, size)
 
@@ -143,7 +144,8 @@ def stdlib_source(config: DataConfig) -> Source:
     for folder, subfolders, names in root.walk():
         subfolders[:] = [name for name in subfolders if name not in leave]
         for file in (folder / name for name in names if name.endswith(".py")):
-            files[file.relative_to(root).as_posix()] = file
+            if file.is_file():  # distributions leave links to settings that may not be there
+                files[file.relative_to(root).as_posix()] = file
     files = dict(sorted(files.items()))
     if not files:
         raise DataError(
@@ -199,11 +201,16 @@ def _table_source(config: DataConfig, kind: str, endings: tuple[str, ...]) -> So
 
     def read(skip):
         # One file at a time: an error names its file, and files may differ in other columns.
-        for file in files.values():
+        for name, file in files.items():
+            if kind == "json" and file.stat().st_size == 0:  # the reader fails on no rows at all
+                skip(name)
+                continue
 
             def load(file=file):
+                # The library takes names for patterns, which may match nothing or other files.
+                pattern = glob.escape(str(file))
                 return datasets.load_dataset(
-                    kind, data_files=[str(file)], split="train", streaming=True
+                    kind, data_files=[pattern], split="train", streaming=True
                 )
 
             yield from _rows(config, load, str(file), skip)
@@ -252,7 +259,12 @@ def open_source(config: DataConfig) -> Source:
     Raises:
       DataError: nothing at data.path, or a package is missing.
     """
-    source = SOURCES[config.source](config)
+    try:
+        source = SOURCES[config.source](config)
+    except OSError as error:  # no right to look, a name too long, a file that has just gone
+        raise DataError(
+            f"data.path {config.path[:200]!r} cannot be read: {error.strerror}"
+        ) from error
     source.max_documents = config.max_documents
     source.definition = [*source.definition, config.max_documents]
     return source

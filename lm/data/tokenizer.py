@@ -101,15 +101,16 @@ class FileTokenizer(_Framing):
     def __init__(self, file: Path):
         import tokenizers
 
-        content = file.read_bytes()
         try:
+            content = file.read_bytes()
             self._tokenizer = tokenizers.Tokenizer.from_str(content.decode("utf-8"))
         except Exception as error:  # the library raises bare Exception
             raise DataError(f"data.tokenizer {file} is no tokenizer.json: {error}") from error
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
         self._tokenizer.encode_special_tokens = True
-        self.vocab_size = max(self._tokenizer.get_vocab(with_added_tokens=True).values()) + 1
+        ids = self._tokenizer.get_vocab(with_added_tokens=True).values()
+        self.vocab_size = max(ids, default=-1) + 1
         self.bos_id, self.eos_id = self._special_ids(file)
         self.fingerprint = hashlib.sha256(
             content + f"|{self.bos_id}|{self.eos_id}".encode()
@@ -124,12 +125,15 @@ class FileTokenizer(_Framing):
         for name in ("special_tokens_map.json", "tokenizer_config.json"):
             beside = file.parent / name
             if beside.is_file():
-                settings.update(json.loads(beside.read_text(encoding="utf-8")))
+                try:
+                    settings |= json.loads(beside.read_text(encoding="utf-8"))
+                except (OSError, ValueError, TypeError) as error:
+                    raise DataError(f"{beside} is no JSON object that can be read: {error}") from error
 
         def named(key: str) -> int | None:
             value = settings.get(key)
             value = value.get("content") if isinstance(value, dict) else value
-            return None if value is None else self._tokenizer.token_to_id(value)
+            return self._tokenizer.token_to_id(value) if isinstance(value, str) else None
 
         def known(names: tuple[str, ...]) -> int | None:
             ids = (self._tokenizer.token_to_id(name) for name in names)
@@ -149,6 +153,7 @@ class FileTokenizer(_Framing):
         return ids
 
     def encode(self, text: str) -> np.ndarray:
+        text = text.encode("utf-8", errors="replace").decode("utf-8")  # no lone surrogates
         return np.array(self._tokenizer.encode(text, add_special_tokens=False).ids, np.int32)
 
     def encode_batch(self, texts: list[str]) -> list[np.ndarray]:

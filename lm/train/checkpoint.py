@@ -292,7 +292,7 @@ class Checkpoints:
                 write_manifest(folder)
                 os.rename(folder, self._folder(step))
                 sync_folder(self.directory)
-            except OSError as error:
+            except Exception as error:  # else the thread dies and the save is lost unsaid
                 problem = explain_os_error(error)
         if problem is not None:
             self._abandon(step, folder, problem)

@@ -71,8 +71,6 @@ def test_two_train_stop_together_and_one_goes_on(start_two, tiny_run, tmp_path, 
     assert len(saved) == 1 and 3 <= saved[0] < 60
     steps = [line for line in metrics.read_text().splitlines() if '"loss"' in line]
     assert len(steps) == saved[0]  # written once, by process 0
-    printed = (tmp_path / "1.out").read_text().splitlines()
-    assert [line for line in printed if not line.startswith("[Gloo]")] == []
 
     train(tiny_run(out, resume=True, **changes))
     train(tiny_run(tmp_path / "alone", **changes))

@@ -71,7 +71,7 @@ def test_refused_in_one_line(command, tiny_run, tmp_path):
     words = run_flags(tiny_run(tmp_path / "run"))
     for flags, message in [
         (["--optim.scheduel", "wsd"], "unknown flag --optim.scheduel: did you mean"),
-        (["--steps", "0"], "--steps must be above 0"),
+        (["--steps", "0"], "--steps must be"),
         (["--model.attention", "flsh"], "model.attention must be one of"),
         (["--data.path", "/nowhere"], "'/nowhere': no such file, folder or glob match"),
         (["--mesh.tensor", "3"], "does not divide"),

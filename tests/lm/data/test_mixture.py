@@ -1,3 +1,4 @@
+import dataclasses
 import json
 
 import pytest
@@ -49,6 +50,15 @@ def test_members_of_the_same_name_are_told_apart(tmp_path):
         ([{"source": "text", "path": "x", "weight": -1.0}], "weight must be above 0"),
         ([{"source": "text", "path": "x", "weight": True}], "weight must be above 0"),
         ([{"source": "stdlib"}, {"source": "text"}], r"source 1: .*needs data\.path"),
+        ([{"source": []}], r"source must be a string, got \[\]"),
+        ([{"source": "text", "path": 5}], "path must be a string, got 5"),
+        ([{"source": "stdlib", "name": 7}], "name must be a string, got 7"),
+        ([{"source": "json", "path": "x", "text_field": None}], "text_field must be a string"),
+        ([{"source": "stdlib", "weight": "1"}], "weight must be above 0 .*got '1'"),
+        ([{"source": "stdlib", "weight": 10**400}], "weight must be above 0"),
+        ([{"source": "stdlib", "weight": float("nan")}], "weight must be above 0 .*got nan"),
+        ([{"source": "stdlib", "max_documents": "9"}], "max_documents must be a whole number"),
+        ([{"source": "stdlib", "max_documents": 2.5}], "max_documents must be a whole number"),
     ],
 )
 def test_bad_mixtures_are_refused(tmp_path, rows, message):
@@ -95,3 +105,22 @@ def test_a_single_document_loses_its_end():
     assert (first, second) == ("train", "valid")
     assert front.text + back.text == text
     assert back.text.startswith("line 9") and len(back.text) == pytest.approx(len(text) / 10, 0.1)
+
+
+def test_the_runs_valid_path_is_not_dropped_silently(tmp_path):
+    config = dataclasses.replace(write(tmp_path, [{"source": "stdlib"}]), valid_path="held")
+    with pytest.raises(DataError, match="does not apply to a mixture"):
+        members(config)
+
+
+def test_a_text_without_lines_but_a_title_is_cut_near_the_fraction():
+    (_, train), (_, valid) = split_documents([Document("a", "Title\n" + "x" * 9994)], 0.05)
+    assert train.text + valid.text == "Title\n" + "x" * 9994
+    assert 400 < len(valid.text) <= 1000
+
+
+def test_many_documents_whose_hashes_hold_out_none_still_hold_out_one():
+    many = [d for d in documents(150) if not held_out(d, 0.05)]
+    assert len(many) > 100
+    splits = [split for split, _ in split_documents(many, 0.05)]
+    assert splits.count("valid") == 1

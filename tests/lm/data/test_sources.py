@@ -139,3 +139,29 @@ def test_missing_package_names_the_remedy(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(DataError, match=r"pip install 'aniso\[data\]'"):
         open_source(DataConfig(source="parquet", path=str(tmp_path)))
+
+
+def test_stdlib_passes_over_dangling_links(tmp_path, monkeypatch):
+    (tmp_path / "a.py").write_text("a = 1")
+    (tmp_path / "sitecustomize.py").symlink_to(tmp_path / "gone.py")
+    monkeypatch.setattr(sysconfig, "get_path", lambda name: str(tmp_path))
+    assert texts() == ["a = 1"]
+
+
+def test_upper_case_compression_endings_are_unpacked(tmp_path):
+    (tmp_path / "A.TXT.GZ").write_bytes(gzip.compress(b"upper"))
+    assert texts(source="text", path=str(tmp_path)) == ["upper"]
+
+
+def test_json_names_are_no_patterns_and_empty_files_are_passed_over(tmp_path):
+    for name in ("part[1].jsonl", "part1.jsonl"):
+        (tmp_path / name).write_text(json.dumps({"text": name}))
+    (tmp_path / "empty.jsonl").write_text("")
+    source = open_source(DataConfig(source="json", path=str(tmp_path)))
+    assert sorted(d.text for d in source.documents()) == ["part1.jsonl", "part[1].jsonl"]
+    assert source.skipped == 1
+
+
+def test_a_path_that_cannot_be_looked_at_is_named():
+    with pytest.raises(DataError, match="data.path 'xx.*cannot be read: File name too long"):
+        open_source(DataConfig(source="text", path="x" * 5000))

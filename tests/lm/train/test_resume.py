@@ -75,7 +75,7 @@ PLANS = {
         ["row", 10],
         ["saved", 12],
     ],
-    "muon": [["arrays", 4], ["row", 6], ["sealed", 12]],
+    "muon": [["row", 6], ["sealed", 12]],
 }
 
 
