@@ -184,7 +184,7 @@ def _parse(words: list[str], default: RunConfig, prog: str) -> RunConfig:
                 raise ConfigError("--model.rope-scaling takes only None; set its fields apart")
             words = words[:i] + words[i + 2 :]
             break
-    with _one_line_errors():
+    with one_line_errors():
         return tyro.cli(
             RunConfig,
             prog=prog,
@@ -201,8 +201,10 @@ def _description(recipe: str) -> str:
 
 
 @contextlib.contextmanager
-def _one_line_errors():
+def one_line_errors(program: type | None = None):
     """Turn tyro's rejections into `ConfigError`s.
+
+    `program` is the dataclass that the flags were made of: a flag it lacks gets its nearest named.
 
     Its hook is not a stable interface; without it tyro prints its own box and exits with 2 too.
     """
@@ -211,11 +213,21 @@ def _one_line_errors():
     except ImportError:
         yield
         return
-    with on_parse_error(_raise_config_error):
+    flags = _flags_of(program) if program else []
+    with on_parse_error(lambda event: _raise_config_error(event, flags)):
         yield
 
 
-def _raise_config_error(event: Any) -> None:
+def _flags_of(program: type, prefix: str = "--") -> list[str]:
+    flags = []
+    for field in dataclasses.fields(program):
+        name = prefix + field.name.replace("_", "-")
+        nested = dataclasses.is_dataclass(field.type)
+        flags += _flags_of(field.type, name + ".") if nested else [name]
+    return flags
+
+
+def _raise_config_error(event: Any, flags: list[str]) -> None:
     kind = type(event).__name__
     argument = getattr(event, "argument", None)
     flag = argument.lowered.name_or_flags[0] if argument is not None else ""
@@ -228,6 +240,10 @@ def _raise_config_error(event: Any) -> None:
         raise ConfigError(f"{flag} needs a value ({argument.lowered.metavar})")
     if kind == "UnrecognizedArgs":
         word = event.tokens[0]
+        if word.startswith("--"):
+            near = difflib.get_close_matches(word.split("=")[0], flags, n=1)
+            hint = f"did you mean {near[0]}?" if near else "--help lists them"
+            raise ConfigError(f"unknown flag {word}: {hint}")
         hint = "flags begin with --, switches are --NAME and --no-NAME without a value"
         if word in recipes.RECIPES:
             hint = "the recipe is the first word"

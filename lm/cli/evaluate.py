@@ -13,7 +13,7 @@ from typing import Literal
 import tyro
 
 from lm import exit_codes
-from lm.cli.args import refuse
+from lm.cli.args import one_line_errors, refuse
 from lm.config import ConfigError, check
 from lm.train.config import DataConfig
 
@@ -53,7 +53,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         from lm.train.checkpoint import CheckpointError
 
         try:
-            print(_run(_parse(words)))
+            with one_line_errors(EvaluateArgs):
+                args = _parse(words)
+            print(_run(args))
         except CheckpointError as error:
             print(f"evaluate.py: error: {error}", file=sys.stderr)
             raise SystemExit(exit_codes.STORAGE) from None

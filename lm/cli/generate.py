@@ -9,7 +9,7 @@ from typing import Annotated
 import tyro
 
 from lm import exit_codes
-from lm.cli.args import refuse
+from lm.cli.args import one_line_errors, refuse
 from lm.config import ConfigError, check
 
 
@@ -21,8 +21,8 @@ class GenerateArgs:
     """A run folder, or one checkpoint in it (RUN/checkpoints/STEP)."""
     prompt: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="PROMPT")] = ""
     """Text to continue; empty starts a new document."""
-    max_tokens: int = 200
-    """Most tokens to draw."""
+    max_tokens: int | None = None
+    """Most tokens to draw; None is 200, or fewer if the model's context ends before."""
     temperature: float = 0.8
     """Logits are divided by this; 0 takes the most likely token."""
     top_k: int = 0
@@ -37,14 +37,16 @@ class GenerateArgs:
     def __post_init__(self):
         surrogates = any(0xD800 <= ord(c) < 0xE000 for c in self.prompt)
         check(not surrogates, "the prompt is not valid UTF-8")
-        check(self.max_tokens > 0, f"max_tokens must be above 0, got {self.max_tokens}")
+        good = self.max_tokens is None or self.max_tokens > 0
+        check(good, f"max_tokens must be above 0, got {self.max_tokens}")
         check(0 <= self.seed < 2**31, f"seed must lie in [0, 2^31), got {self.seed}")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Generate as the command line says; exits with one of `lm.exit_codes`."""
     try:
-        args = tyro.cli(GenerateArgs, args=argv, description=__doc__)
+        with one_line_errors(GenerateArgs):
+            args = tyro.cli(GenerateArgs, args=argv, description=__doc__)
         from lm.train.checkpoint import CheckpointError
 
         try:
@@ -72,12 +74,14 @@ def _run(args: GenerateArgs) -> None:
     enable_compilation_cache()
     run = load_run(args.model, args.step)
     tokenizer = load_tokenizer(run.config.data.tokenizer)
-    pieces = continue_text(
-        run.config.model, run.params, tokenizer, args.prompt, args.max_tokens, sampling, args.seed
-    )
+    model, count = run.config.model, args.max_tokens
+    if count is None:
+        room = model.max_context - len(tokenizer.encode(args.prompt)) - 1
+        count = min(200, max(room, 1))
+    pieces = continue_text(model, run.params, tokenizer, args.prompt, count, sampling, args.seed)
     # What cannot be continued is refused with the first piece, before anything is printed.
     first = next(pieces)
     print(args.prompt + first, end="", flush=True)
     for piece in pieces:
         print(piece, end="", flush=True)
-    print()
+    print(flush=True)

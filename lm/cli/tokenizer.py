@@ -9,7 +9,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from lm.cli.args import refuse
+from lm.cli.args import one_line_errors, refuse
 from lm.config import ConfigError, check
 from lm.data.mixture import members, split_documents
 from lm.data.sources import DataError, open_source
@@ -101,7 +101,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     program = "aniso-tokenizer"
     try:
-        config = tyro.cli(TokenizerConfig, prog=program, description=__doc__, args=argv)
+        with one_line_errors(TokenizerConfig):
+            config = tyro.cli(TokenizerConfig, prog=program, description=__doc__, args=argv)
         out = run(config)
     except ConfigError as error:
         refuse(program, str(error))

@@ -81,7 +81,7 @@ def _member(config: DataConfig, row: dict, file: Path, number: int) -> Member:
     number_like = isinstance(weight, (int, float)) and not isinstance(weight, bool)
     if not number_like or not 0 < weight < MAX_WEIGHT:
         raise DataError(
-            f"{where}: weight must be above 0 (a number below {MAX_WEIGHT:g}), got {weight!r:.40}"
+            f"{where}: weight must be above 0 and below {MAX_WEIGHT:g}, got {weight!r:.40}"
         )
     limit = row.get("max_documents")
     if limit is not None and type(limit) is not int:

@@ -128,7 +128,9 @@ class FileTokenizer(_Framing):
                 try:
                     settings |= json.loads(beside.read_text(encoding="utf-8"))
                 except (OSError, ValueError, TypeError) as error:
-                    raise DataError(f"{beside} is no JSON object that can be read: {error}") from error
+                    raise DataError(
+                        f"{beside} is no JSON object that can be read: {error}"
+                    ) from error
 
         def named(key: str) -> int | None:
             value = settings.get(key)

@@ -67,6 +67,11 @@ class DataConfig:
             f"data.source {self.source} needs data.path",
         )
         check(
+            self.source != "stdlib" or not self.path,
+            f"data.path {self.path} is given but data.source is stdlib, which has none: name the "
+            f"kind of source with --data.source ({', '.join(SOURCES[1:])})",
+        )
+        check(
             0 < self.valid_fraction < 1 or bool(self.valid_path),
             f"data.valid_fraction must lie between 0 and 1, got {self.valid_fraction}",
         )

@@ -24,6 +24,7 @@ from lm.train.config import RunConfig
 from lm.train.evaluation import EvalResult, evaluate
 from lm.train.folder import RunFolder
 from lm.train.optimizer import make_optimizer
+from lm.train.profiler import Profiler
 from lm.train.quantization import make_plug
 from lm.train.report import Reporter
 from lm.train.signals import StopSignals
@@ -294,32 +295,3 @@ def _give_up(trainer: Trainer, refused: int) -> None:
         f"step {step} is saved. Lower --optim.learning-rate, raise --guard.spike-sigma, or look at "
         f"the batches named in {trainer.path / 'metrics.jsonl'}"
     )
-
-
-class Profiler:
-    """Traces a window of steps into OUT/profile, for TensorBoard or Perfetto."""
-
-    def __init__(self, config: RunConfig, out: Path):
-        self._first = config.profile.start
-        self._end = config.profile.start + config.profile.steps
-        self._folder = out / "profile"
-        self._running = False
-
-    def before(self, step: int) -> None:
-        """Start or stop the trace if the step about to be dispatched is the first in or out."""
-        if self._first <= step < self._end and not self._running:
-            jax.profiler.start_trace(str(self._folder))
-            self._running = True
-        elif self._running and step >= self._end:
-            self._stop()
-
-    def _stop(self) -> None:
-        if self._running:
-            jax.profiler.stop_trace()
-            self._running = False
-
-    def __enter__(self) -> "Profiler":
-        return self
-
-    def __exit__(self, *_) -> None:
-        self._stop()

@@ -59,6 +59,12 @@ def test_other_text_is_read_whole(evaluate, finished, tmp_path):
     assert json.loads(text)["split"] == "train"
 
 
+def test_the_runs_own_text_named_again_is_what_the_run_held_out(evaluate, finished, corpus):
+    own = json.loads(evaluate(finished, "--json")[1])
+    named = json.loads(evaluate(finished, "--json", "--data.path", corpus)[1])
+    assert (named["split"], named["bytes"], named["loss"]) == ("valid", own["bytes"], own["loss"])
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [

@@ -1,4 +1,6 @@
 import shutil
+import subprocess
+import sys
 
 import pytest
 
@@ -62,12 +64,32 @@ def test_empty_prompt_begins_a_document(generate, finished):
         (["RUN", "x", "--top-p", 0], "top_p must lie in"),
         (["RUN", "x", "--seed", -1], "seed must lie in"),
         (["RUN", "x", "--topk", 3], "--top-k"),
+        (["RUN", "a\udcff"], "the prompt is not valid UTF-8"),
         ([], "STR"),
     ],
 )
 def test_refused(generate, finished, words, message):
     code, out, err = generate(*(finished if word == "RUN" else word for word in words))
     assert code == 2 and out == "" and message in err
+
+
+def test_a_reader_that_leaves_is_no_error():
+    code = (
+        "import os, lm.cli.generate as command\n"
+        "def run(args):\n"
+        "    while True:\n"
+        "        print('text', end='', flush=True)\n"
+        "command._run = run\n"
+        "command.main(['RUN', 'x'])\n"
+    )
+    command = subprocess.Popen(
+        [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    with command:
+        command.stdout.read(4)
+        command.stdout.close()
+        assert command.stderr.read() == b""
+    assert command.returncode == 0
 
 
 def test_folder_without_a_run(generate, tmp_path):

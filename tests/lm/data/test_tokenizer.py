@@ -176,3 +176,27 @@ def test_command_does_not_read_held_out_documents(tmp_path):
     stores = open_stores(config, progress=False)
     (train, _), (valid, _) = stores["train"][0], stores["valid"][0]
     assert len(list(training_texts(config))) == train.documents == 30 - valid.documents == 24
+
+
+@pytest.mark.parametrize("content", ["{", "[1]", b"\xff"])
+def test_damaged_settings_beside_a_tokenizer_are_named(tmp_path, bpe_file, content):
+    file = tmp_path / "tokenizer.json"
+    file.write_bytes(bpe_file.read_bytes())
+    content = content if isinstance(content, bytes) else content.encode()
+    (tmp_path / "tokenizer_config.json").write_bytes(content)
+    with pytest.raises(DataError, match="tokenizer_config.json is no JSON object"):
+        load_tokenizer(str(file))
+
+
+def test_a_tokenizer_without_tokens_is_refused(tmp_path):
+    from tokenizers import Tokenizer, models
+
+    file = tmp_path / "tokenizer.json"
+    file.write_text(Tokenizer(models.BPE()).to_str())
+    with pytest.raises(DataError, match="no token that can separate documents"):
+        load_tokenizer(str(file))
+
+
+def test_lone_surrogates_are_replaced_as_by_the_byte_tokenizer(bpe_file):
+    tokenizer = load_tokenizer(str(bpe_file))
+    assert tokenizer.encode("\ud800").tolist() == tokenizer.encode("?").tolist()

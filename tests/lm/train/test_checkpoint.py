@@ -317,6 +317,18 @@ def test_failed_commit_surfaces_once_and_training_may_go_on(tmp_path, asynchrono
         assert checkpoints.restore(abstract_of(make_state(3)))[0] == 3
 
 
+def test_any_error_in_the_background_surfaces(tmp_path, monkeypatch):
+    def fail(folder):
+        raise MemoryError("no room for the checksums")
+
+    monkeypatch.setattr("lm.train.checkpoint.write_manifest", fail)
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(1, make_state(1), {})
+        with pytest.raises(CheckpointError, match="no room for the checksums"):
+            checkpoints.wait()
+        assert checkpoints.latest() is None and os.listdir(tmp_path) == []
+
+
 def test_error_under_way_is_not_replaced_by_a_failed_save(tmp_path, monkeypatch):
     warnings = []
     with pytest.raises(KeyError):
