@@ -143,7 +143,7 @@ class Checkpoints:
         """Steps of the complete checkpoints, ascending."""
         try:
             names = os.listdir(self.directory)
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             return []
         return sorted(int(name) for name in names if re.fullmatch(r"\d{8,}", name))
 

@@ -267,6 +267,13 @@ def test_another_state_is_refused_before_its_data_is_read(tmp_path):
     assert "opt.0.mu.w is bfloat16[3, 32, 16], expected absent" in text
 
 
+def test_a_file_in_place_of_the_directory_holds_no_checkpoint(tmp_path):
+    (tmp_path / "checkpoints").write_text("")
+    with Checkpoints(tmp_path / "checkpoints", read_only=True) as checkpoints:
+        with pytest.raises(CheckpointError, match="there is no checkpoint"):
+            checkpoints.restore(abstract_of(make_state(1)))
+
+
 def test_subset_reads_some_leaves(tmp_path):
     fill(tmp_path)
     abstract = {"params": abstract_of(make_state(2)["params"])}
