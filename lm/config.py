@@ -124,6 +124,9 @@ class ModelConfig:
     """Dtype in which parameters are held and updated."""
     remat: Literal["none", "dots", "attention", "full"] = "none"
     """What the backward pass recomputes (`lm.model.REMAT_POLICIES`)."""
+    unroll: int = 1
+    """Models of at most this many layers are compiled without a loop over them: a few per cent
+    faster on CPUs, slower to compile."""
     attention: str | None = None
     """Attention implementation by name (`lm.layers.attention`); None picks for the device."""
     loss: str | None = None
@@ -133,7 +136,7 @@ class ModelConfig:
         if self.num_kv_heads is None:
             object.__setattr__(self, "num_kv_heads", self.num_heads)
         check_positive(self, "vocab_size", "num_layers", "d_model", "num_heads", "num_kv_heads")
-        check_positive(self, "d_ff", "max_context", "norm_eps", "rope_theta", "init_std")
+        check_positive(self, "unroll", "d_ff", "max_context", "norm_eps", "rope_theta", "init_std")
         if self.head_dim is None:
             check(
                 self.d_model % self.num_heads == 0,

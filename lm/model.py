@@ -100,11 +100,16 @@ class Decoder(nnx.Module):
 
 
 def _run_layers(layers: Block, x, rotation, config: ModelConfig, plug, cache: Cache | None):
-    """Scan the stacked layers, one period of the attention pattern at a time."""
+    """Scan the stacked layers, one period of the attention pattern at a time.
+
+    Without a loop (`config.unroll`) nothing the backward pass needs is copied into and out of
+    stacked buffers; with one, the program does not grow with depth.
+    """
     graphdef, state = nnx.split(layers)
     windows = config.windows
     period = len(windows)
-    whole = config.num_layers - config.num_layers % period
+    looped = config.num_layers > config.unroll
+    whole = config.num_layers - config.num_layers % period if looped else 0
 
     def one(x, scanned, window):
         state, layer, cache = scanned
@@ -123,9 +128,11 @@ def _run_layers(layers: Block, x, rotation, config: ModelConfig, plug, cache: Ca
     if config.remat != "none":
         body = jax.checkpoint(body, policy=REMAT_POLICIES[config.remat], prevent_cse=False)
     scanned = (state, jnp.arange(config.num_layers), cache)
-    groups = jax.tree.map(lambda leaf: _fold(leaf[:whole], period), scanned)
-    x, (auxiliary, new_cache) = jax.lax.scan(body, x, groups)
-    outputs = jax.tree.map(lambda leaf: _unfold(leaf, period), (auxiliary, new_cache))
+    outputs = []
+    if whole:
+        groups = jax.tree.map(lambda leaf: _fold(leaf[:whole], period), scanned)
+        x, stacked = jax.lax.scan(body, x, groups)
+        outputs.append(jax.tree.map(lambda leaf: _unfold(leaf, period), stacked))
     # Layers beyond the last whole period (Gemma 3: 26 layers, a period of 6) run one by one.
     for index in range(whole, config.num_layers):
         inner = _index(scanned, index)
@@ -133,9 +140,9 @@ def _run_layers(layers: Block, x, rotation, config: ModelConfig, plug, cache: Ca
         if config.remat != "none":
             run = jax.checkpoint(run, policy=REMAT_POLICIES[config.remat])
         x, auxiliary, layer_cache = run(x, inner)
-        last = jax.tree.map(lambda leaf: leaf[None], (auxiliary, layer_cache))
-        outputs = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), outputs, last)
-    return x, *outputs
+        outputs.append(jax.tree.map(lambda leaf: leaf[None], (auxiliary, layer_cache)))
+    auxiliary, new_cache = jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *outputs)
+    return x, auxiliary, new_cache
 
 
 def _index(tree, i):

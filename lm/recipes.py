@@ -39,6 +39,7 @@ def tiny() -> RunConfig:
             d_ff=512,
             max_context=1024,
             dtype="float32",
+            unroll=4,
         ),
         optim=OptimConfig(name="adamw", learning_rate=3e-3, schedule="cosine", warmup_steps=30),
         checkpoint=CheckpointConfig(every=100),

@@ -22,7 +22,7 @@ HERE = Path(__file__).parent
 SHAPE = dict(layers=6, width=256, heads=4, hidden=1024, vocab=4096, length=256, batch=16)
 
 
-def our_step(shape, dtype):
+def our_step(shape, dtype, unroll=1):
     """(state, compiled step, batch, seconds of compilation) of the framework's own step."""
     import jax
     import jax.numpy as jnp
@@ -40,6 +40,7 @@ def our_step(shape, dtype):
         num_heads=shape["heads"],
         d_ff=shape["hidden"],
         dtype=dtype,
+        unroll=unroll,
     )
     config = RunConfig(
         model=model,
@@ -94,7 +95,10 @@ def worker(args):
     import jax
 
     sys.path.insert(0, str(HERE))
-    makers = {"ours": lambda: our_step(SHAPE, args.dtype)}
+    makers = {
+        "ours scanned": lambda: our_step(SHAPE, args.dtype),
+        "ours unrolled": lambda: our_step(SHAPE, args.dtype, unroll=SHAPE["layers"]),
+    }
     variants = [(False, False), (False, True), (True, True)] if args.bare else []
     for scan, custom in variants:
         name = f"bare {'scanned' if scan else 'unrolled'}{', own gradient' if custom else ''}"
@@ -228,14 +232,14 @@ def main():
     medians = {key: statistics.median(values) for key, values in rows.items()}
     best = {}
     for (name, dtype, _), value in medians.items():
-        kind = name if name in ("ours", "transformers") else "bare"
+        kind = name.split()[0]
         best[kind, dtype] = max(best.get((kind, dtype), 0.0), value)
     torch_best = {dtype: value for (kind, dtype), value in best.items() if kind == "transformers"}
     print(f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, shape {SHAPE}")
     table(rows, torch_best)
     for dtype in ("float32", "bfloat16"):
         ours, bare = best["ours", dtype], best["bare", dtype]
-        fact = facts["ours", dtype, True]
+        fact = facts["ours unrolled", dtype, True]
         print(
             f"{dtype}: ours / best bare = {ours / bare:.3f}"
             + (f", ours / best torch = {ours / torch_best[dtype]:.3f}" if torch_best else "")

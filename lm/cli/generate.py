@@ -65,7 +65,6 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def _run(args: GenerateArgs) -> None:
-    from lm.data import load_tokenizer
     from lm.generate import Sampling, continue_text
     from lm.train.load import load_run
     from lm.train.loop import enable_compilation_cache
@@ -73,7 +72,7 @@ def _run(args: GenerateArgs) -> None:
     sampling = Sampling(temperature=args.temperature, top_k=args.top_k, top_p=args.top_p)
     enable_compilation_cache()
     run = load_run(args.model, args.step)
-    tokenizer = load_tokenizer(run.config.data.tokenizer)
+    tokenizer = run.tokenizer
     model, count = run.config.model, args.max_tokens
     if count is None:
         room = model.max_context - len(tokenizer.encode(args.prompt)) - 1

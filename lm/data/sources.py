@@ -5,6 +5,7 @@ Every source yields its documents in the same order every time it is read, and s
 """
 
 import dataclasses
+import errno
 import glob
 import importlib
 import itertools
@@ -124,9 +125,12 @@ def _text_files(files: dict[str, Path], definition: list) -> Source:
         for name, file in files.items():
             try:
                 text = _read_text(file)
-            except DataError:
+            except (DataError, MemoryError):
                 raise
-            except Exception:  # each compression has its own errors; not UTF-8
+            except Exception as error:  # each compression has its own errors; not UTF-8
+                # A disk that fails for a moment must not leave the file out of the store for good.
+                if isinstance(error, OSError) and error.errno not in (None, errno.EACCES):
+                    raise DataError(f"cannot read {file}: {error.strerror}; try again") from error
                 skip(name)
                 continue
             yield Document(name, text)

@@ -32,6 +32,7 @@ FREE = (
     "data.workers",
     "data.prefetch",
     "model.remat",
+    "model.unroll",
     "model.attention",
     "model.loss",
 )

@@ -7,6 +7,8 @@ import jax
 
 from lm import model
 from lm.config import ConfigError
+from lm.data import load_tokenizer
+from lm.data.tokenizer import Tokenizer
 from lm.train.checkpoint import Checkpoints
 from lm.train.config import RunConfig
 from lm.train.folder import load_run_config
@@ -18,6 +20,7 @@ class LoadedRun(NamedTuple):
     config: RunConfig
     params: model.Params
     step: int
+    tokenizer: Tokenizer
 
 
 def locate(path: str | Path) -> tuple[Path, int | None]:
@@ -38,7 +41,7 @@ def load_run(path: str | Path, step: int | None = None) -> LoadedRun:
       step: checkpoint to take; None is the one that `path` names, or the newest good one.
 
     Raises:
-      ConfigError: no run there.
+      ConfigError: no run there, or its tokenizer is not the one that it was trained with.
       CheckpointError: no good checkpoint.
     """
     folder, named = locate(path)
@@ -50,5 +53,11 @@ def load_run(path: str | Path, step: int | None = None) -> LoadedRun:
     )
     with Checkpoints(folder / "checkpoints", read_only=True) as checkpoints:
         wanted = step if step is not None else named
-        found, state, _ = checkpoints.restore(abstract, wanted, subset=True)
-    return LoadedRun(config, state["params"], found)
+        found, state, meta = checkpoints.restore(abstract, wanted, subset=True)
+    tokenizer = load_tokenizer(config.data.tokenizer)
+    if tokenizer.fingerprint != meta["tokenizer"]:
+        raise ConfigError(
+            f"{config.data.tokenizer} is not the tokenizer that {folder} was trained with (it has "
+            "changed since): bring the old file back"
+        )
+    return LoadedRun(config, state["params"], found, tokenizer)

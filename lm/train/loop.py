@@ -163,7 +163,11 @@ class Trainer:
 
     def save(self, step: int, eval_loss: float | None = None) -> None:
         """Save the state under `step`, in the background."""
-        meta = {"data": self._data_identity(), "tokens": step * self.tokens_per_step}
+        meta = {
+            "data": self._data_identity(),
+            "tokenizer": self.tokenizer.fingerprint,
+            "tokens": step * self.tokens_per_step,
+        }
         self.checkpoints.save(step, self.state, meta, eval_loss=eval_loss)
 
     @property

@@ -366,3 +366,20 @@ def test_cache_has_room_for_every_layer():
     cache = model.init_cache(config, 3, 10)
     assert isinstance(cache, Cache) and cache.keys.dtype == jnp.bfloat16
     assert cache.keys.shape == cache.values.shape == (2, 3, 10, 2, 8)
+
+
+@pytest.mark.parametrize("pattern", [(), ("sliding", "sliding", "full")])
+def test_layers_without_a_loop_compute_the_same(pattern, rng):
+    form = dict(vocab_size=64, num_layers=4, d_model=32, num_heads=2, d_ff=48, dtype="float32")
+    window = dict(sliding_window=3, attention_pattern=pattern) if pattern else {}
+    looped, unrolled = (lm.ModelConfig(**form, **window, unroll=n) for n in (1, 4))
+    params = lm.init(looped, jax.random.key(0))
+    tokens = jnp.asarray(rng.integers(0, 64, (2, 9)))
+    programs = [
+        jax.jit(lambda p, c=config: lm.apply(c, p, tokens)).lower(params).as_text()
+        for config in (looped, unrolled)
+    ]
+    assert "stablehlo.while" in programs[0] and "stablehlo.while" not in programs[1]
+    np.testing.assert_allclose(
+        lm.apply(looped, params, tokens), lm.apply(unrolled, params, tokens), atol=1e-5
+    )

@@ -1,9 +1,11 @@
 import json
 import math
+import shutil
 
 import pytest
 
 from lm.cli.evaluate import main
+from lm.cli.tokenizer import train_tokenizer
 from lm.train.loop import train
 
 
@@ -43,6 +45,16 @@ def test_same_batches_as_the_run(evaluate, finished, rows_of):
     code, text, _ = evaluate(finished, "--batch-size", 8, "--batches", 2, "--step", 4)
     assert code == 0 and "step 4" in text and "bits per byte" in text
     assert f"{measured['eval_loss']:.4f}" not in text
+
+
+def test_another_tokenizer_is_refused(evaluate, finished, tmp_path):
+    out = shutil.copytree(finished, tmp_path / "run")
+    (tmp_path / "bpe.json").write_text(train_tokenizer(iter(["one text " * 9]), 300))
+    config = json.loads((out / "config.json").read_text())
+    config["data"]["tokenizer"] = str(tmp_path / "bpe.json")
+    (out / "config.json").write_text(json.dumps(config))
+    code, _, error = evaluate(out)
+    assert code == 2 and "is not the tokenizer" in error and "bpe.json" in error
 
 
 def test_other_text_is_read_whole(evaluate, finished, tmp_path):
