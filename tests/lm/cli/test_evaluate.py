@@ -1,3 +1,4 @@
+import functools
 import json
 import math
 import shutil
@@ -10,20 +11,10 @@ from lm.train.loop import train
 
 
 @pytest.fixture
-def evaluate(capsys, environment, monkeypatch):
+def evaluate(run_command, environment, monkeypatch):
     """Runs the command in this process: (exit code, stdout, stderr)."""
     monkeypatch.setenv("ANISO_CACHE", environment["ANISO_CACHE"])
-
-    def call(*words):
-        code = 0
-        try:
-            main([str(word) for word in words])
-        except SystemExit as exit_:
-            code = exit_.code
-        captured = capsys.readouterr()
-        return code, captured.out, captured.err
-
-    return call
+    return functools.partial(run_command, main)
 
 
 def test_whole_held_out_text_is_what_the_run_measured(evaluate, tiny_run, tmp_path, rows_of):

@@ -1,3 +1,4 @@
+import functools
 import shutil
 import subprocess
 import sys
@@ -8,19 +9,9 @@ from lm.cli.generate import main
 
 
 @pytest.fixture
-def generate(capsys):
+def generate(run_command):
     """Runs the command in this process: (exit code, stdout, stderr)."""
-
-    def call(*words):
-        code = 0
-        try:
-            main([str(word) for word in words])
-        except SystemExit as exit_:
-            code = exit_.code
-        captured = capsys.readouterr()
-        return code, captured.out, captured.err
-
-    return call
+    return functools.partial(run_command, main)
 
 
 def test_equal_seeds_draw_equal_text(generate, finished):
