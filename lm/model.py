@@ -23,7 +23,7 @@ from jax.sharding import Mesh, NamedSharding
 from jaxtyping import Array, Float, Int
 
 from lm.config import ConfigError, ModelConfig
-from lm.layers import rotary
+from lm.layers import rotary, skip
 from lm.layers.linear import Linear, Plug, Site, linear
 from lm.layers.mlp import make_mlp
 from lm.layers.norms import RMSNorm
@@ -56,15 +56,37 @@ class Block(nnx.Module):
         self.mlp_norm = RMSNorm(config.d_model, **norm)
         self.mlp = make_mlp(mlp_key, config, stack)
 
-    def __call__(self, x, rotation: Rotation, window, plug, layer, cache: Cache | None):
+    def __call__(
+        self, x, rotation: Rotation, window, plug, layer, cache: Cache | None, active=None
+    ):
+        active = active or {}
         with jax.named_scope("attention"):
-            normed = self.attention_norm(x)
-            y, cache = self.attention(normed, rotation, window, plug, layer, cache)
+            if "attention" in active:
+                y = self._gated("attention", active, x, rotation, window, plug, layer)
+            else:
+                normed, heads = self.attention_norm(x), active.get("heads")
+                y, cache = self.attention(normed, rotation, window, plug, layer, cache, heads)
             x = constrain(x + y, ("batch", "sequence", "act_embed"))
         with jax.named_scope("mlp"):
-            y, auxiliary = self.mlp(self.mlp_norm(x), plug, layer)
+            if "mlp" in active:
+                y, auxiliary = self._gated("mlp", active, x, rotation, window, plug, layer)
+            else:
+                y, auxiliary = self.mlp(self.mlp_norm(x), plug, layer)
             x = constrain(x + y, ("batch", "sequence", "act_embed"))
         return x, auxiliary, cache
+
+    def _gated(self, name: str, active, x, rotation, window, plug, layer):
+        """A branch, norm included, that is back-propagated only if it is active."""
+        graphdef, state = nnx.split((getattr(self, f"{name}_norm"), getattr(self, name)))
+
+        def branch(inputs, rotation, layer):
+            state, x = inputs
+            norm, module = nnx.merge(graphdef, state)
+            if name == "attention":
+                return module(norm(x), rotation, window, plug, layer)[0]
+            return module(norm(x), plug, layer)
+
+        return skip.gate(branch, active[name], (state, x), rotation, layer)
 
 
 class Decoder(nnx.Module):
@@ -91,19 +113,23 @@ class Decoder(nnx.Module):
                 dtype=dtype,
             )
 
-    def __call__(self, tokens, rotation: Rotation, plug: Plug | None, cache: Cache | None):
+    def __call__(
+        self, tokens, rotation: Rotation, plug: Plug | None, cache: Cache | None, active=None
+    ):
         rows = jnp.asarray(self.embedding[...]).at[tokens]
         x = rows.get(mode="fill", fill_value=jnp.nan, wrap_negative_indices=False)
         x = constrain(x.astype(self.config.dtype), ("batch", "sequence", "act_embed"))
-        x, auxiliary, cache = _run_layers(self.layers, x, rotation, self.config, plug, cache)
+        scanned = (cache, active)
+        x, auxiliary, cache = _run_layers(self.layers, x, rotation, self.config, plug, scanned)
         return self.final_norm(x), auxiliary, cache
 
 
-def _run_layers(layers: Block, x, rotation, config: ModelConfig, plug, cache: Cache | None):
+def _run_layers(layers: Block, x, rotation, config: ModelConfig, plug, per_layer):
     """Scan the stacked layers, one period of the attention pattern at a time.
 
     Without a loop (`config.unroll`) nothing the backward pass needs is copied into and out of
-    stacked buffers; with one, the program does not grow with depth.
+    stacked buffers; with one, the program does not grow with depth. `per_layer` is what each layer
+    gets of its own besides parameters: (cache or None, active or None).
     """
     graphdef, state = nnx.split(layers)
     windows = config.windows
@@ -112,8 +138,8 @@ def _run_layers(layers: Block, x, rotation, config: ModelConfig, plug, cache: Ca
     whole = config.num_layers - config.num_layers % period if looped else 0
 
     def one(x, scanned, window):
-        state, layer, cache = scanned
-        return nnx.merge(graphdef, state)(x, rotation, window, plug, layer, cache)
+        state, layer, (cache, active) = scanned
+        return nnx.merge(graphdef, state)(x, rotation, window, plug, layer, cache, active)
 
     def body(x, scanned):
         auxiliaries, caches = [], []
@@ -127,7 +153,7 @@ def _run_layers(layers: Block, x, rotation, config: ModelConfig, plug, cache: Ca
 
     if config.remat != "none":
         body = jax.checkpoint(body, policy=REMAT_POLICIES[config.remat], prevent_cse=False)
-    scanned = (state, jnp.arange(config.num_layers), cache)
+    scanned = (state, jnp.arange(config.num_layers), per_layer)
     outputs = []
     if whole:
         groups = jax.tree.map(lambda leaf: _fold(leaf[:whole], period), scanned)
@@ -240,10 +266,14 @@ def hidden(
     segment_ids: Int[Array, "B T"] | None = None,
     positions: Int[Array, "B T"] | None = None,
     plug: Plug | None = None,
+    active: dict[str, Any] | None = None,
 ) -> tuple[Float[Array, "B T D"], dict[str, jax.Array]]:
     """Normalized states before the head, and what the layers report besides.
 
-    Arguments are those of `apply`. The second value maps names to arrays with a leading layer axis
+    Arguments are those of `apply`, and `active`: which branches are back-propagated, bools by
+    "attention" [L], "mlp" [L] or "heads" [L, num_kv_heads]; traced, or NumPy arrays, which choose
+    while tracing where layers are not looped over (`lm.layers.skip`). None back-propagates all,
+    by the ordinary program. The second value maps names to arrays with a leading layer axis
     (`lm.layers.mlp.Auxiliary`); it is empty for dense models. The training loss takes this path,
     so that the logits need never exist as a whole (`lm.loss`).
     """
@@ -255,7 +285,7 @@ def hidden(
         else:
             positions = rotary.positions_from_segments(segment_ids)
     rotation = Rotation(*rotary.cos_sin(positions, config), segment_ids)
-    x, auxiliary, _ = _model(config, params)(tokens, rotation, plug, None)
+    x, auxiliary, _ = _model(config, params)(tokens, rotation, plug, None, active)
     return x, auxiliary
 
 

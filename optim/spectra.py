@@ -234,7 +234,8 @@ def spectra(
       >>> x, y = jax.random.normal(jax.random.key(0), (2, 64, 16))
       >>> params = {"dense": {"kernel": jnp.eye(16), "bias": jnp.zeros(16)}}
       >>> def loss(params):
-      ...   return jnp.mean((x @ params["dense"]["kernel"] + params["dense"]["bias"] - y) ** 2)
+      ...   kernel, bias = params["dense"]["kernel"], params["dense"]["bias"]
+      ...   return jnp.mean((x @ kernel + bias[None] - y) ** 2)
       >>> tx = optim.spectra(learning_rate=0.1)
       >>> state = tx.init(params)
       >>> for _ in range(30):

@@ -85,6 +85,7 @@ class Loader:
         sequence_length: int,
         seed: int,
         shuffle: bool = True,
+        sources: bool = False,
     ):
         """Args:
           stores: (store, weight) pairs; weights are shares of the rows.
@@ -92,6 +93,7 @@ class Loader:
           sequence_length: T, tokens of a row.
           seed: of the order; in [0, 2^31).
           shuffle: False reads every store front to back.
+          sources: add each row's store to the batches.
 
         Raises:
           DataError: no store, a weight not above 0, stores of different tokenizers, or a store
@@ -103,6 +105,7 @@ class Loader:
             raise DataError("a Loader needs at least one store")
         self.stores = [store for store, _ in stores]
         self.batch_size, self.sequence_length = batch_size, sequence_length
+        self._sources = sources
         if len({store.tokenizer_fingerprint for store in self.stores}) > 1:
             raise DataError("all stores of a Loader must come from the same tokenizer")
         for store, weight in stores:
@@ -137,7 +140,8 @@ class Loader:
 
         Returns:
           int32 tokens, targets, segment_ids, positions and float32 weights, [len(rows), T];
-          `batch(step, slice(a, b))` equals rows a to b of `batch(step)`.
+          `batch(step, slice(a, b))` equals rows a to b of `batch(step)`. If asked for, int32
+          sources [len(rows)] too, the number of each row's store.
         """
         every = range(self.batch_size)
         if rows is None:
@@ -153,7 +157,8 @@ class Loader:
         for number, store in enumerate(self.stores):
             mine = np.flatnonzero(owner == number)
             parts.append(Rows(store, mine, starts[mine]))
-        return pack_rows(parts, len(rows), self.sequence_length)
+        batch = pack_rows(parts, len(rows), self.sequence_length)
+        return batch | {"sources": owner.astype(np.int32)} if self._sources else batch
 
     @property
     def tokens_per_byte(self) -> float:

@@ -116,7 +116,7 @@ def to_global(
       make_rows: rows [a, b) of the global batch as arrays [b - a, ...], equal in every process
         that asks for them; called once per contiguous run of rows that this process needs.
       sharding: `jax.sharding.NamedSharding` of every array; the first axis may be sharded over any
-        mesh axes, and rows may be replicated.
+        mesh axes, and rows may be replicated. Arrays with fewer axes take the front of its spec.
       batch_size: B, rows of the global batch.
 
     Returns:
@@ -146,6 +146,9 @@ def to_global(
             return arrays[name][(slice(begin - first, end - first), *index[1:])]
 
         shape = (batch_size, *made[0][1][name].shape[1:])
-        return jax.make_array_from_callback(shape, sharding, shard)
+        spec = jax.sharding.PartitionSpec(*sharding.spec[: len(shape)])
+        return jax.make_array_from_callback(
+            shape, jax.sharding.NamedSharding(sharding.mesh, spec), shard
+        )
 
     return {name: array(name) for name in made[0][1]}

@@ -8,7 +8,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from lm.config import ModelConfig
-from lm.layers import rotary
+from lm.layers import rotary, skip
 from lm.layers.attention import attention
 from lm.layers.linear import Linear, Plug
 from lm.layers.norms import RMSNorm
@@ -82,16 +82,17 @@ class SelfAttention(nnx.Module):
         plug: Plug | None = None,
         layer=None,
         cache: Cache | None = None,
+        active=None,
     ) -> tuple[Float[Array, "B T D"], Cache | None]:
-        """Attend within each document; with a cache, also to the tokens that it holds."""
+        """Attend within each document; with a cache, also to the tokens that it holds.
+
+        `active`: bool [K], key/value heads (with their queries) that are back-propagated; None is
+        all of them, by the ordinary program. Only without a cache.
+        """
+        if active is not None:
+            return self._attend_active(x, rotation, window, plug, layer, active), None
         config = self.config
-        q = self._heads(self.query(x, plug, layer), config.num_heads)
-        k = self._heads(self.key(x, plug, layer), config.num_kv_heads)
-        v = self._heads(self.value(x, plug, layer), config.num_kv_heads)
-        if config.qk_norm:
-            q, k = self.query_norm(q), self.key_norm(k)
-        q = rotary.rotate(q, rotation.cos, rotation.sin)
-        k = rotary.rotate(k, rotation.cos, rotation.sin)
+        q, k, v = self._project(x, rotation, plug, layer, config.num_kv_heads)
         if cache is None:
             out = attention(
                 q,
@@ -106,9 +107,71 @@ class SelfAttention(nnx.Module):
             out = _attend_cache(q, cache, rotation, window)
         return self.out(out.reshape(*x.shape[:2], -1), plug, layer), cache
 
+    def _project(self, x, rotation: Rotation, plug, layer, kv_heads: int):
+        config = self.config
+        group = config.num_heads // config.num_kv_heads
+        q = self._heads(self.query(x, plug, layer), kv_heads * group)
+        k = self._heads(self.key(x, plug, layer), kv_heads)
+        v = self._heads(self.value(x, plug, layer), kv_heads)
+        if config.qk_norm:
+            q, k = self.query_norm(q), self.key_norm(k)
+        q = rotary.rotate(q, rotation.cos, rotation.sin)
+        k = rotary.rotate(k, rotation.cos, rotation.sin)
+        return q, k, v
+
+    def _attend_active(self, x, rotation: Rotation, window, plug, layer, active):
+        """The same forward pass, with a backward pass of the active heads (`lm.layers.skip`)."""
+        config = self.config
+        graphdef, state = nnx.split(self)
+
+        def module(state, heads):
+            """This layer with the weights of some heads, and their number."""
+            if heads is None:
+                return nnx.merge(graphdef, state), config.num_kv_heads
+            return nnx.merge(graphdef, _select(state, heads, config.num_kv_heads)), heads.size
+
+        def project(state, heads, x, context):
+            layer, count = module(state, heads)
+            q, k, v = layer._project(x, context[0], plug, context[1], count)
+            return q.reshape(*k.shape[:3], -1, config.head_dim), k, v
+
+        def attend(q, k, v, context):
+            out = attention(
+                q.reshape(*q.shape[:2], -1, config.head_dim),
+                k,
+                v,
+                segment_ids=context[0].segment_ids,
+                window=window,
+                implementation=config.attention,
+            )
+            return out.reshape(*k.shape[:3], -1)
+
+        def out(state, heads, o, context):
+            layer, _ = module(state, heads)
+            layer.out.has_bias = False  # it belongs to no head
+            return layer.out(o.reshape(*o.shape[:2], -1), plug, context[1])
+
+        context = (rotation, layer)
+        y = skip.gathered((project, attend, out), active, state, x, context)
+        return y + self.out.bias[...].astype(y.dtype)[None, None] if self.out.has_bias else y
+
     def _heads(self, x, heads):
         x = x.reshape(*x.shape[:2], heads, self.config.head_dim)
         return constrain(x, ("batch", "sequence", "act_heads", "act_embed"))
+
+
+def _select(state, heads, num_kv_heads: int):
+    """The state of a layer with the projections of some key/value heads and their queries."""
+
+    def select(path, leaf):
+        if path[0].key not in ("query", "key", "value", "out"):
+            return leaf
+        axis, shape = 0 if path[0].key == "out" else leaf.ndim - 1, leaf.shape
+        split = leaf.reshape(*shape[:axis], num_kv_heads, -1, *shape[axis + 1 :])
+        taken = jnp.take(split, heads, axis=axis)
+        return taken.reshape(*shape[:axis], -1, *shape[axis + 1 :])
+
+    return jax.tree_util.tree_map_with_path(select, state)
 
 
 def _append(cache: Cache, k, v, index) -> Cache:

@@ -8,6 +8,7 @@ import math
 from typing import Literal
 
 from lm.config import ConfigError, ModelConfig, check, check_positive
+from lm.train.config_mat import MatConfig
 
 __all__ = [
     "CheckpointConfig",
@@ -16,6 +17,7 @@ __all__ = [
     "EvalConfig",
     "GuardConfig",
     "LogConfig",
+    "MatConfig",
     "MeshConfig",
     "OptimConfig",
     "ProfileConfig",
@@ -88,7 +90,9 @@ class OptimConfig:
     """Optimizer, schedule, clipping."""
 
     name: str = "adamw"
-    """A registered optimizer (`lm.train.optimizer.OPTIMIZERS`): adamw, muon."""
+    """A registered optimizer (`lm.train.optimizer.OPTIMIZERS`): adamw, muon, spectra, adatask
+    (one task for each source of a mixture); or mat, which wraps
+    another (`--mat.base`)."""
     learning_rate: float = 3e-4
     """Peak learning rate."""
     schedule: Literal["cosine", "wsd", "linear", "constant"] = "cosine"
@@ -105,9 +109,31 @@ class OptimConfig:
     beta2: float = 0.95
     eps: float = 1e-8
     momentum: float = 0.95
-    """muon: momentum of the matrix part."""
+    """muon, spectra: momentum of the matrix part."""
+    rank_ratio: float = 0.015
+    """spectra: share of a matrix's singular directions that are its spike (the paper's 1.5 %)."""
+    min_rank: int = 1
+    """spectra: smallest number of spike directions; 8 to 16 are advised below a width of 512."""
+    rank: Literal["share", "auto"] = "share"
+    """spectra: auto takes for the spike what stands above noise, at most rank_ratio."""
+    power_iters: int = 1
+    """spectra: sweeps of the power iteration a step."""
+    nesterov: bool = False
+    """spectra: look one step ahead along the momentum."""
+    normalization: Literal["none", "factored"] = "none"
+    """spectra: factored divides the update by averages of its rows' and columns' squares."""
+    tasks: int = 0
+    """adatask: the number of sources; left at 0 it is that of the mixture."""
+    joint_tasks: bool = False
+    """adatask: one second moment for all sources, which is AdamW, to compare dominance with."""
+    sequential_tasks: bool = False
+    """adatask: one backward pass after the other, which saves memory."""
+    dominance_decay: float = 0.0
+    """adatask: decay of the averages behind the metric dominance/SOURCE (0.99, say), which cost a
+    copy of the parameters for each source; 0 keeps none."""
     clip: float = 1.0
-    """Largest global gradient norm; 0 turns clipping off."""
+    """Largest global gradient norm (of each source's gradient under adatask); 0 turns clipping
+    off."""
     state_dtype: Literal["float32", "bfloat16"] = "float32"
     """Dtype of the first moment."""
 
@@ -120,6 +146,11 @@ class OptimConfig:
             value = getattr(self, name)
             good = value >= 0 and math.isfinite(value)
             check(good, f"optim.{name} must be 0 or more, got {value}")
+        self._check_tasks()
+        share = self.rank_ratio
+        check(0 <= share <= 1, f"optim.rank_ratio must lie in [0, 1], got {share}")
+        check(self.min_rank >= 0, f"optim.min_rank must be 0 or more, got {self.min_rank}")
+        check_positive(self, "power_iters")
         check(self.warmup_steps >= 0, f"optim.warmup_steps must be >= 0, got {self.warmup_steps}")
         check(
             0 < self.decay_fraction <= 1,
@@ -129,6 +160,16 @@ class OptimConfig:
             0 <= self.final_fraction <= 1,
             f"optim.final_fraction must lie in [0, 1], got {self.final_fraction}",
         )
+
+    def _check_tasks(self):
+        decay = self.dominance_decay
+        check(0 <= decay < 1, f"optim.dominance_decay must lie in [0, 1), got {decay}")
+        check(self.tasks >= 0, f"optim.tasks must be 0 or more, got {self.tasks}")
+        for name in ("tasks", "joint_tasks", "sequential_tasks", "dominance_decay"):
+            check(
+                not getattr(self, name) or self.name == "adatask",
+                f"optim.{name} is only for optim.name adatask, and it is {self.name}",
+            )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -224,9 +265,12 @@ class LogConfig:
     """Write TensorBoard events too (extra: tensorboard)."""
     progress: bool = True
     """Show a progress bar."""
+    spectra: int = 0
+    """Steps between rows that describe the spectra of weights and momenta; 0 writes none."""
 
     def __post_init__(self):
         check_positive(self, "every")
+        check(self.spectra >= 0, f"log.spectra must be 0 or more, got {self.spectra}")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -266,6 +310,7 @@ class RunConfig:
     model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
     data: DataConfig = dataclasses.field(default_factory=DataConfig)
     optim: OptimConfig = dataclasses.field(default_factory=OptimConfig)
+    mat: MatConfig = dataclasses.field(default_factory=MatConfig)
     quant: QuantConfig = dataclasses.field(default_factory=QuantConfig)
     mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
     guard: GuardConfig = dataclasses.field(default_factory=GuardConfig)

@@ -10,6 +10,17 @@ from lm.config import ConfigError
 from lm.train.config import RunConfig
 
 
+ADDED = {
+    "": {"mat"},
+    "log": {"spectra"},
+    "optim": {
+        *("rank_ratio", "min_rank", "rank", "power_iters", "nesterov", "normalization"),
+        *("tasks", "joint_tasks", "sequential_tasks", "dominance_decay"),
+    },
+}
+"""Fields that run folders of earlier versions lack; their defaults are what those runs did."""
+
+
 def config_to_dict(config: Any) -> dict[str, Any]:
     """A frozen dataclass as nested dicts of JSON values; tuples become lists."""
     return {f.name: _to_plain(getattr(config, f.name)) for f in dataclasses.fields(config)}
@@ -55,10 +66,12 @@ def _build(cls: type, values: Any, path: str) -> Any:
             near = difflib.get_close_matches(str(key), names, n=1)
             hint = f" (did you mean {prefix}{near[0]}?)" if near else ""
             problems.append(f"unknown key {prefix}{key}{hint}")
-    problems += [f"missing key {prefix}{name}" for name in names if name not in values]
+    present = [name for name in names if name in values]
+    absent = {name for name in names if name not in values}
+    problems += [f"missing key {prefix}{n}" for n in names if n in absent - ADDED.get(path, set())]
     if problems:
         raise ConfigError("; ".join(problems))
-    return cls(**{name: _convert(values[name], hints[name], prefix + name) for name in names})
+    return cls(**{name: _convert(values[name], hints[name], prefix + name) for name in present})
 
 
 def _convert(value: Any, hint: Any, path: str) -> Any:

@@ -51,7 +51,7 @@ def model_flops_per_token(config: ModelConfig, sequence_length: int, causal: boo
     keys = 0.0
     for layer in range(config.num_layers):
         window = windows[layer % len(windows)]
-        keys += _mean_causal_keys(sequence_length, window) if causal else sequence_length
+        keys += mean_keys(sequence_length, window) if causal else sequence_length
     return 6.0 * weights + 12.0 * config.num_heads * config.head_dim * keys
 
 
@@ -70,7 +70,7 @@ def _layer_matmul_parameters(config: ModelConfig) -> int:
     return attention + MLP_MATRICES[config.mlp] * d * config.d_ff
 
 
-def _mean_causal_keys(length: int, window: int | None) -> float:
-    """Mean over positions t of min(t + 1, window)."""
+def mean_keys(length: int, window: int | None) -> float:
+    """Mean over positions t of min(t + 1, window): the keys that a causal query attends to."""
     window = min(window or length, length)
     return (window * (window + 1) / 2 + (length - window) * window) / length

@@ -12,6 +12,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
 
 from lm import loss, sharding
 from lm.config import ConfigError
@@ -23,11 +24,13 @@ from lm.train.checkpoint_checks import differing_fields
 from lm.train.config import RunConfig
 from lm.train.evaluation import EvalResult, evaluate
 from lm.train.folder import RunFolder
-from lm.train.optimizer import make_optimizer
+from lm.train.modular import Refresher, make_run_optimizer
+from lm.train.multitask import with_tasks
 from lm.train.profiler import Profiler
 from lm.train.quantization import make_plug
 from lm.train.report import Reporter
 from lm.train.signals import StopSignals
+from lm.train.spectrum_log import SpectrumLog
 from lm.train.state import TrainState, abstract_state, init_state
 from lm.train.step import make_eval_step, make_train_step
 
@@ -58,9 +61,10 @@ class Trainer:
 
     def __init__(self, config: RunConfig):
         """Prepare in the order of cost, so that a mistake is told before work is done."""
+        config = with_tasks(config)
         self.mesh = sharding.make_mesh(dataclasses.asdict(config.mesh))
         sharding.check_mesh(config.model, config.batch_size, config.micro_batches, self.mesh)
-        self.tx, self.schedule = make_optimizer(config.optim, config.steps)
+        self.tx, self.schedule = make_run_optimizer(config)
         self.plug = make_plug(config.quant)
         self.abstract = abstract_state(config, self.tx, self.mesh)
         self.batch_sharding = sharding.batch_sharding(self.mesh)
@@ -105,6 +109,9 @@ class Trainer:
             name: jax.ShapeDtypeStruct(shape, dtype, sharding=self.batch_sharding)
             for name, dtype in (dtypes | {"weights": jnp.float32}).items()
         }
+        if config.optim.tasks:
+            rows = jax.sharding.NamedSharding(self.mesh, P(*self.batch_sharding.spec[:1]))
+            batch["sources"] = jax.ShapeDtypeStruct(shape[:1], jnp.int32, sharding=rows)
         try:
             with jax.set_mesh(self.mesh):
                 self.train_step.eval_shape(self.abstract, batch)
@@ -120,7 +127,10 @@ class Trainer:
             batch_size=config.batch_size,
             sequence_length=config.sequence_length,
             seed=config.seed,
+            sources=config.optim.tasks > 0,
         )
+        self.refresher = Refresher(config, self.loader, self.mesh, self.plug)
+        self.spectra = SpectrumLog(config)
         if not self.folder.resuming:
             self.folder.write_config()
         self.checkpoints = Checkpoints(
@@ -237,7 +247,8 @@ def train(config: RunConfig) -> dict[str, Any]:
 
 def _run(trainer: Trainer, reporter: Reporter) -> None:
     config, last = trainer.config, trainer.config.steps
-    pending: collections.deque[tuple[int, dict[str, jax.Array]]] = collections.deque()
+    pending: collections.deque[tuple[int, dict, dict]] = collections.deque()
+    refresher, spectra = trainer.refresher, trainer.spectra
 
     def settle(ahead: int = 0) -> None:
         """Read the metrics of all steps but the last `ahead`; waits for them."""
@@ -260,15 +271,22 @@ def _run(trainer: Trainer, reporter: Reporter) -> None:
     done = trainer.start
     if done and evaluates(done) and not reporter.evaluated(done):
         evaluate()  # a run that was told to stop after this step had no time for it
+    refresher.prepare(trainer.state)
+    spectra.prepare(trainer.state)
     prefetch = Prefetcher(trainer.batch, trainer.start, config.data.prefetch)
     with prefetch, StopSignals() as signals, Profiler(config, trainer.path) as profiler:
         for step in range(trainer.start, last):
             profiler.before(step)
             batch = prefetch.get(step)
             reporter.waited(prefetch.wait_seconds)
+            occasional = {}
+            if refresher.due(step):
+                trainer.state, occasional = refresher.refresh(trainer.state, step)
+            before = spectra.before(trainer.state, step)
             trainer.state, metrics = trainer.train_step(trainer.state, batch)
+            occasional |= spectra.after(trainer.state, step, before)
             done = step + 1
-            pending.append((done, metrics))
+            pending.append((done, metrics, occasional))
             # The device is busy with this step while the host reads the one before.
             settle(ahead=1)
             stop = signals.stop_after(done)

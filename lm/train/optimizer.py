@@ -10,8 +10,11 @@ from typing import Any
 import jax
 import optax
 
+import optim
 from lm.config import ConfigError
 from lm.train.config import OptimConfig
+from lm.train.multitask import clip_tasks
+from lm.train.stacked import over_layers
 
 Labels = Any
 """A tree of str in the structure of the parameters."""
@@ -118,31 +121,86 @@ def _muon(config: OptimConfig, schedule: optax.Schedule) -> optax.GradientTransf
     )
     # Everything else gets our AdamW: optax's own has Nesterov momentum and no weight decay.
     return optax.partition(
-        {"muon": muon, "adamw": _adamw(config, schedule)},
+        {"muon": over_layers(muon), "adamw": _adamw(config, schedule)},
         lambda params: jax.tree.map(
             lambda label: "muon" if label == "matrix" else "adamw", parameter_labels(params)
         ),
     )
 
 
+def _spectra(config: OptimConfig, schedule: optax.Schedule) -> optax.GradientTransformation:
+    tx = optim.spectra(
+        schedule,
+        rank_ratio=config.rank_ratio,
+        min_rank=config.min_rank,
+        power_iters=config.power_iters,
+        momentum=config.momentum,
+        eps=config.eps,
+        momentum_dtype=config.state_dtype,
+        weight_decay=config.weight_decay,
+        weight_decay_mask=decay_mask,
+        adam_b1=config.beta1,
+        adam_b2=config.beta2,
+        adam_eps=config.eps,
+        label_fn=lambda params: jax.tree.map(
+            lambda label: "spectra" if label == "matrix" else "adamw", parameter_labels(params)
+        ),
+        rank=config.rank,
+        nesterov=config.nesterov,
+        normalization=None if config.normalization == "none" else config.normalization,
+    )
+    return over_layers(tx)
+
+
+def _adatask(config: OptimConfig, schedule: optax.Schedule) -> optax.GradientTransformation:
+    if not config.tasks:
+        raise ConfigError(
+            "optim.name adatask needs optim.tasks, the number of sources "
+            "(lm.train.multitask.with_tasks sets it)"
+        )
+    return optim.adatask(
+        schedule,
+        config.tasks,
+        b1=config.beta1,
+        b2=config.beta2,
+        eps=config.eps,
+        mu_dtype=config.state_dtype,
+        weight_decay=config.weight_decay,
+        mask=decay_mask,
+        joint=config.joint_tasks,
+        dominance_decay=config.dominance_decay or None,
+    )
+
+
 OPTIMIZERS: dict[str, Callable[[OptimConfig, optax.Schedule], optax.GradientTransformation]] = {
     "adamw": _adamw,
     "muon": _muon,
+    "spectra": _spectra,
+    "adatask": _adatask,
 }
 
 
 def make_optimizer(
-    config: OptimConfig, steps: int
+    config: OptimConfig, steps: int, schedule: optax.Schedule | None = None
 ) -> tuple[optax.GradientTransformation, optax.Schedule]:
-    """The transformation (clipping by global norm first) and its learning-rate schedule."""
+    """The transformation (clipping by global norm first) and its learning-rate schedule.
+
+    `schedule` takes the place of the configured one.
+    """
     if config.name not in OPTIMIZERS:
-        near = difflib.get_close_matches(config.name, OPTIMIZERS, 1)
+        if config.name == "mat":
+            raise ConfigError("optim.name mat needs lm.train.modular.make_run_optimizer")
+        known = (*OPTIMIZERS, "mat")  # which wraps one of the others: lm.train.modular
+        near = difflib.get_close_matches(config.name, known, 1)
         hint = f"; did you mean {near[0]!r}?" if near else ""
         raise ConfigError(
-            f"optim.name must be one of {', '.join(OPTIMIZERS)}, got {config.name!r}{hint}"
+            f"optim.name must be one of {', '.join(known)}, got {config.name!r}{hint}"
         )
-    schedule = make_schedule(config, steps)
+    schedule = schedule or make_schedule(config, steps)
     tx = OPTIMIZERS[config.name](config, schedule)
     if config.clip:
-        tx = optax.chain(optax.clip_by_global_norm(config.clip), tx)
+        clip = optax.clip_by_global_norm(config.clip)
+        if config.name == "adatask":
+            clip = clip_tasks(config.clip, config.joint_tasks)
+        tx = optax.chain(clip, tx)
     return tx, schedule

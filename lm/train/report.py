@@ -69,8 +69,12 @@ class Reporter:
         with self._meter.pause():
             yield
 
-    def step(self, done: int, metrics: dict[str, jax.Array]) -> int:
-        """Take in the metrics of step `done`; returns the number of refused steps in a row."""
+    def step(self, done: int, metrics: dict[str, jax.Array], occasional: dict) -> int:
+        """Take in the metrics of step `done`; returns the number of refused steps in a row.
+
+        `occasional`: arrays that only some steps have; their row is always written, one number for
+        each entry ("name.0.3").
+        """
         skipped = int(jax.device_get(metrics["consecutive_skips"]))
         first = self._meter is None
         if first:
@@ -78,8 +82,8 @@ class Reporter:
         else:
             self._meter.add(self._tokens_per_step)
         row = None
-        if skipped or done == 1 or done % self._every == 0 or done == self._steps:
-            row = self._row(done, jax.device_get(metrics))
+        if skipped or occasional or done == 1 or done % self._every == 0 or done == self._steps:
+            row = self._row(done, jax.device_get(metrics | entries(occasional)))
         if skipped:
             # The batch is a pure function of the seed and this index: it can be made again.
             row["skipped_batch"] = done - 1
@@ -184,3 +188,12 @@ class Reporter:
         if self._log is not None:
             self._log.close()
         self.progress.close()
+
+
+def entries(arrays: dict[str, Any]) -> dict[str, Any]:
+    """Scalars by name, from arrays by name: entry [0, 3] of "x" is "x.0.3"."""
+    return {
+        ".".join((name, *map(str, index))): np.asarray(array)[index]
+        for name, array in jax.device_get(arrays).items()
+        for index in np.ndindex(array.shape)
+    }

@@ -6,13 +6,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Int
 
 from lm import model
 from lm.sharding import replicated
 from lm.train.config import RunConfig
 from lm.train.guard import GuardState, init_guard
+from lm.train.stacked import SPECTRAL, layer_sharding
 
 
 @jax.tree_util.register_dataclass
@@ -40,11 +41,13 @@ def init_state(config: RunConfig, tx: optax.GradientTransformation) -> TrainStat
 def state_shardings(config: RunConfig, tx: optax.GradientTransformation, mesh: Mesh) -> TrainState:
     """A `NamedSharding` for every leaf of the state.
 
-    What mirrors the parameters in the optimizer state (moments, momentum) is laid out like them;
-    counters and statistics are replicated. An optimizer whose per-parameter state has another
-    shape than the parameter (a cached basis, say) is replicated as well.
+    What mirrors the parameters in the optimizer state (moments, momentum) is laid out like them,
+    behind an axis of tasks where there is one (AdaTask). Spectral optimizers keep stacked layers,
+    and what else they hold for each layer, over the layer axis (`lm.train.stacked`). Counters and
+    statistics are replicated, and so is per-parameter state of any other shape.
     """
     everywhere = replicated(mesh)
+    optimizer = config.mat.base if config.optim.name == "mat" else config.optim.name
     abstract = jax.eval_shape(lambda: init_state(config, tx))
     shapes = jax.tree.map(lambda leaf: leaf.shape, model.abstract_params(config.model))
     masked = lambda leaf: isinstance(leaf, optax.MaskedNode)  # noqa: E731
@@ -52,6 +55,10 @@ def state_shardings(config: RunConfig, tx: optax.GradientTransformation, mesh: M
     def place(leaf, sharding, shape):
         if masked(leaf):  # a parameter that this part of the optimizer leaves to another
             return leaf
+        if optimizer in SPECTRAL and (layers := layer_sharding(leaf, shape, sharding)):
+            return layers
+        if leaf.shape[1:] == shape and leaf.ndim > len(shape):  # one copy for each task
+            return NamedSharding(mesh, PartitionSpec(None, *sharding.spec))
         return sharding if leaf.shape == shape else everywhere
 
     opt_state = optax.tree.map_params(

@@ -1,5 +1,6 @@
 """The training step: loss, gradient accumulation, guard, update, metrics. No host round trip."""
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -12,19 +13,25 @@ from lm.layers.linear import Plug, Site
 from lm.loss import cross_entropy
 from lm.train.config import RunConfig
 from lm.train.guard import judge
+from lm.train.modular import branch_flags, step_metrics
+from lm.train.multitask import dominance, make_task_gradient, summed
 from lm.train.state import TrainState
 
 Batch = dict[str, jax.Array]
-"""tokens, targets, segment_ids, positions: int32 [B, T]; weights: f32 [B, T]."""
+"""tokens, targets, segment_ids, positions: int32 [B, T]; weights: f32 [B, T]; if the optimizer
+tells sources apart, sources: int32 [B]."""
 Metrics = dict[str, jax.Array]
 
 GROUPS = ("embedding", "attention", "mlp", "norm", "head")
 
 
 def loss_sum(
-    config: RunConfig, params: model.Params, batch: Batch, plug: Plug | None = None
+    config: RunConfig, params: model.Params, batch: Batch, plug: Plug | None = None, active=None
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """Sum over tokens of weight * negative log-likelihood (nats), and the layers' auxiliaries."""
+    """Sum over tokens of weight * negative log-likelihood (nats), and the layers' auxiliaries.
+
+    `active`: what is back-propagated, as in `lm.model.hidden`.
+    """
     x, auxiliary = model.hidden(
         config.model,
         params,
@@ -32,6 +39,7 @@ def loss_sum(
         segment_ids=batch["segment_ids"],
         positions=batch["positions"],
         plug=plug,
+        active=active,
     )
     nll = cross_entropy(
         x,
@@ -58,8 +66,8 @@ def make_train_step(
     the result is the big batch's however the tokens are spread over the parts.
     """
 
-    def loss_fn(params, batch, tokens):
-        total, auxiliary = loss_sum(config, params, batch, plug)
+    def loss_fn(params, batch, tokens, active):
+        total, auxiliary = loss_sum(config, params, batch, plug, active)
         loss = total / tokens
         extra = sum(
             (jnp.sum(value) for name, value in auxiliary.items() if name.startswith("loss/")),
@@ -70,10 +78,10 @@ def make_train_step(
 
     grad_fn = jax.value_and_grad(loss_fn, has_aux=True)
 
-    def gradient(params, batch):
+    def gradient(params, batch, active):
         tokens = jnp.maximum(jnp.sum(batch["weights"]), 1.0)
         if config.micro_batches == 1:
-            (_, (loss, auxiliary)), grads = grad_fn(params, batch, tokens)
+            (_, (loss, auxiliary)), grads = grad_fn(params, batch, tokens, active)
             return loss, grads, auxiliary
 
         # Micro-batch m takes rows m, m + M, ...: every device splits the rows it holds already.
@@ -82,7 +90,7 @@ def make_train_step(
             return jnp.swapaxes(x, 0, 1)
 
         def accumulate(carry, micro):
-            (_, (loss, auxiliary)), grads = grad_fn(params, micro, tokens)
+            (_, (loss, auxiliary)), grads = grad_fn(params, micro, tokens, active)
             grads = jax.tree.map(lambda total, g: total + g.astype(total.dtype), carry[1], grads)
             return (carry[0] + loss, grads), auxiliary
 
@@ -92,13 +100,22 @@ def make_train_step(
         grads = jax.tree.map(lambda g, p: g.astype(p.dtype), grads, params)
         return loss, grads, jax.tree.map(lambda x: jnp.mean(x, axis=0), auxiliary)
 
+    tasks = config.optim.tasks
+    if tasks:
+        per_task = make_task_gradient(config, functools.partial(loss_sum, config, plug=plug))
+
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
-        loss, grads, auxiliary = gradient(state.params, batch)
-        norms = group_norms(grads)
+        extra = {}
+        if tasks:
+            loss, grads, auxiliary, extra["present"] = per_task(state.params, batch)
+        else:
+            active = branch_flags(config, state.opt_state)
+            loss, grads, auxiliary = gradient(state.params, batch, active)
+        norms = group_norms(summed(grads) if tasks else grads)
         grad_norm = total_norm(norms)
         ok, guard = judge(config.guard, state.guard, loss, grad_norm)
         with jax.named_scope("optimizer"):
-            updates, opt_state = tx.update(grads, state.opt_state, state.params)
+            updates, opt_state = tx.update(grads, state.opt_state, state.params, **extra)
             params = optax.apply_updates(state.params, updates)
         # A refused step leaves parameters and optimizer as they were, at the cost of a select
         # that fuses into the update.
@@ -120,6 +137,8 @@ def make_train_step(
             **{f"param_norm/{group}": norm for group, norm in param_norms.items()},
             **{f"update_norm/{group}": norm for group, norm in update_norms.items()},
             **{name: jnp.sum(value) for name, value in auxiliary.items()},
+            **dominance(config, opt_state),
+            **step_metrics(config, opt_state),
         }
         return TrainState(state.step + 1, params, opt_state, guard), metrics
 

@@ -11,7 +11,7 @@ import lm.recipes as recipes
 from lm.cli.args import parse_run, run_flags
 from lm.config import ConfigError, ModelConfig, RopeScaling
 from lm.train.config import DataConfig, EvalConfig, LogConfig, MeshConfig, OptimConfig, RunConfig
-from lm.train.config_io import config_from_dict, config_to_dict, flatten
+from lm.train.config_io import ADDED, config_from_dict, config_to_dict, flatten
 
 
 def refusal(capsys, *words):
@@ -239,6 +239,15 @@ def test_every_field_is_written():
     assert set(written) == {f.name for f in dataclasses.fields(RunConfig)}
     assert set(written["model"]) == {f.name for f in dataclasses.fields(ModelConfig)}
     assert flatten(RunConfig())["optim.beta1"] == RunConfig().optim.beta1
+
+
+def test_folders_of_earlier_versions_are_read_with_what_they_did():
+    config = recipes.get("tiny")
+    values = config_to_dict(config)
+    for path, names in ADDED.items():
+        for name in names:
+            del (values[path] if path else values)[name]
+    assert config_from_dict(values) == config
 
 
 @pytest.mark.parametrize(

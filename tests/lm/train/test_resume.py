@@ -126,6 +126,22 @@ def test_damaged_checkpoints_are_named_and_passed_over(
     assert state_of(copy) == state_of(finished)
 
 
+def test_spectral_state_is_restored_to_the_bit(tiny_run, tmp_path, rows_of, state_of):
+    options = {"name": "spectra", "rank": "auto", "rank_ratio": 0.25, "nesterov": True}
+    options = {f"optim__{name}": value for name, value in options.items()}
+    options["optim__normalization"] = "factored"
+    whole, resumed = tmp_path / "whole", tmp_path / "resumed"
+    train(tiny_run(whole, **options))
+    shutil.copytree(whole, resumed)
+    for step in (8, 12):
+        shutil.rmtree(resumed / "checkpoints" / f"{step:08d}")
+    train(tiny_run(resumed, resume=True, **options))
+    assert rows_of(resumed) == rows_of(whole)
+    assert state_of(resumed) == state_of(whole)
+    names = state_of(whole)
+    assert all(any(part in name for name in names) for part in ("basis", "row_nu", "column_nu"))
+
+
 def test_no_good_checkpoint_is_an_error_that_changes_nothing(copy, tiny_run):
     for folder in (copy / "checkpoints").iterdir():
         os.truncate(largest_file(folder), 1)
