@@ -135,7 +135,7 @@ def scale_by_spectra(
     def rank_of(view):
         return spike_rank(view.shape[-2], view.shape[-1], rank_ratio, min_rank)
 
-    def init(params):
+    def init(params) -> Any:
         leaves, structure = jax.tree.flatten(params)
         mu, basis, rows, columns = [], [], [], []
         for number, (leaf, view) in enumerate(
@@ -148,18 +148,22 @@ def scale_by_spectra(
             basis.append(unit_columns(jax.random.normal(key, size, wide))[0])
             rows.append(jnp.zeros(view.shape[:-1], wide))
             columns.append(jnp.zeros((*view.shape[:-2], view.shape[-1]), wide))
-        state = map(
-            structure.unflatten, (mu, basis, rows, columns) if normalization else (mu, basis)
+        return ScaleBySpectraState(
+            jnp.zeros([], jnp.int32),
+            structure.unflatten(mu),
+            structure.unflatten(basis),
+            structure.unflatten(rows) if normalization else None,
+            structure.unflatten(columns) if normalization else None,
         )
-        return ScaleBySpectraState(jnp.zeros([], jnp.int32), *state)
 
-    def update(updates, state, params=None):
+    def update(updates, state, params=None) -> Any:
         del params
         gradients, structure = jax.tree.flatten(updates)
         views = matrix_views(updates, dimension_numbers)
-        count = optax.safe_increment(state.count)
-        old = (state.mu, state.basis) + ((state.row_nu, state.column_nu) if normalization else ())
-        shaped, new = [], []
+        count = jnp.asarray(optax.safe_increment(state.count))
+        old = [state.mu, state.basis]
+        old += [state.row_nu, state.column_nu] if normalization else []
+        shaped, new = [], [[] for _ in old]
         for g, view, mu, v, *nu in zip(
             gradients, views, *map(structure.flatten_up_to, old), strict=True
         ):
@@ -171,9 +175,11 @@ def scale_by_spectra(
                 if normalization:
                     delta, *nu = normalize(delta, *nu, normalization_decay, count)
             shaped.append(view.join(delta))
-            new.append((total.astype(mu.dtype), v, *nu))
+            for leaves, leaf in zip(new, (total.astype(mu.dtype), v, *nu), strict=True):
+                leaves.append(leaf)
+        trees: list[Any] = [structure.unflatten(leaves) for leaves in new] + [None, None]
         return structure.unflatten(shaped), ScaleBySpectraState(
-            count, *map(structure.unflatten, zip(*new, strict=True))
+            count, mu=trees[0], basis=trees[1], row_nu=trees[2], column_nu=trees[3]
         )
 
     return optax.GradientTransformation(init, update)

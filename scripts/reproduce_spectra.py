@@ -23,6 +23,7 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+from lm.train.spectra import momentum
 
 import optim
 from lm import recipes
@@ -31,7 +32,6 @@ from lm.experiment import Experiment, steps_to
 from lm.files import atomic_write_text
 from lm.sweep import Sweep, best
 from lm.train.optimizer import OPTIMIZERS
-from lm.train.spectra import momentum
 
 RESULTS = Path(__file__).resolve().parents[1] / "docs" / "results"
 STEPS, EVAL_EVERY, WARMUP = 300, 20, 30

@@ -9,7 +9,6 @@ from typing import Any
 from lm.config import ConfigError
 from lm.train.config import RunConfig
 
-
 ADDED = {
     "": {"mat"},
     "log": {"spectra"},

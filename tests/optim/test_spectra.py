@@ -258,6 +258,18 @@ def test_state_of_matrices_is_at_most_50_75_percent_of_adamw(shape):
     assert size(optim.scale_by_spectra()) <= 0.5075 * size(optax.scale_by_adam())
 
 
+@pytest.mark.parametrize("normalization", [None, "factored"])
+def test_a_model_without_matrices_is_adamw(rng, normalization):
+    params = {"bias": jnp.asarray(rng.normal(size=5), jnp.float32)}
+    tx = optim.spectra(0.1, normalization=normalization)
+    updates, state = tx.update(params, tx.init(params), params)
+    updates, _ = tx.update(params, state, params)
+    adamw = optax.adamw(0.1, b2=0.95, weight_decay=0.0)
+    _, state = adamw.update(params, adamw.init(params), params)
+    expected, _ = adamw.update(params, state, params)
+    np.testing.assert_allclose(updates["bias"], expected["bias"], rtol=1e-6)
+
+
 @pytest.mark.parametrize(
     "options,message",
     [
