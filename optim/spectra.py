@@ -173,7 +173,7 @@ def scale_by_spectra(
             with jax.named_scope("spectra"):
                 delta, v = shape(m, v, state.count == 0)
                 if normalization:
-                    delta, *nu = normalize(delta, *nu, normalization_decay, count)
+                    delta, *nu = normalize(delta, nu[0], nu[1], normalization_decay, count)
             shaped.append(view.join(delta))
             for leaves, leaf in zip(new, (total.astype(mu.dtype), v, *nu), strict=True):
                 leaves.append(leaf)

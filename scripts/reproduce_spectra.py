@@ -23,7 +23,7 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
-from lm.train.spectra import momentum
+from lm.train.spectrum_log import momentum
 
 import optim
 from lm import recipes
@@ -58,21 +58,30 @@ ONE_RATE = {name: (3e-3,) if "1.5 %" in name else (1e-2,) for name in CONTENDERS
 DOMAINS = ("english_tech", "python_code", "c_code")
 
 
+# Seeds after the first run at the best rates of the first; width 256 at those of width 128.
+BEST = {
+    ("stdlib", "d128"): dict(zip(MAIN, (3e-3, 1e-2, 3e-3, 1e-2), strict=True)),
+    ("stdlib", "d256"): dict(zip(MAIN, (3e-3, 1e-2, 3e-3, 1e-2), strict=True)),
+}
+
+
 def runs():
     """Seed by seed, so that an unfinished sweep is complete for its first seeds."""
     found = []
-    for corpus, size, seeds in (
-        ("stdlib", "d128", 3),
-        ("stdlib", "d64", 3),
-        ("technical", "d128", 3),
-        ("stdlib", "d256", 1),
-    ):
-        for seed in range(seeds):
-            variants = corpus == "stdlib" and size == "d128" and seed == 0
-            for contender in CONTENDERS if variants else MAIN:
-                for rate in RATES.get(contender, ONE_RATE[contender]):
-                    run = dict(corpus=corpus, size=size, contender=contender)
-                    found.append(run | {"learning_rate": rate, "seed": seed})
+
+    def add(corpus, size, contender, rates, seed):
+        run = dict(corpus=corpus, size=size, contender=contender)
+        found.extend(run | {"learning_rate": rate, "seed": seed} for rate in rates)
+
+    for corpus, size in (("stdlib", "d128"), ("stdlib", "d64"), ("technical", "d128")):
+        for contender in CONTENDERS if (corpus, size) == ("stdlib", "d128") else MAIN:
+            add(corpus, size, contender, RATES.get(contender, ONE_RATE[contender]), 0)
+    for contender in (MAIN[0], MAIN[2]):
+        add("stdlib", "d64", contender, (1.2e-2,), 0)
+    for (corpus, size), rates in BEST.items():
+        for seed in (0,) if size == "d256" else (1, 2):
+            for contender, rate in rates.items():
+                add(corpus, size, contender, (rate,), seed)
     return found
 
 
