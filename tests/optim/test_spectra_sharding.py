@@ -92,3 +92,15 @@ def test_sharded_equals_unsharded(mesh, rng, axes, options):
     sharding = NamedSharding(mesh, PartitionSpec(*axes))
     expected = run(lambda x: x)
     np.testing.assert_allclose(run(lambda x: jax.device_put(x, sharding)), expected, atol=2e-5)
+
+
+def test_the_update_compiled_for_a_v5p_moves_nothing_either():
+    """Ahead of time, where libtpu is installed; no TPU is needed."""
+    pytest.importorskip("libtpu")
+    from jax.experimental import topologies
+
+    topology = topologies.get_topology_desc("v5p:2x2x1", platform="tpu")
+    mesh = Mesh(np.array(topology.devices), ("x",), axis_types=(AxisType.Auto,))
+    shape = (2 * len(topology.devices), 256, 512)
+    program = compiled(optim.scale_by_spectra(), shape, mesh, PartitionSpec("x"))
+    assert moved(program) == []
