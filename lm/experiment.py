@@ -158,7 +158,7 @@ class Experiment:
         peak = jnp.asarray(learning_rate, jnp.float32)
         loader, total = self.loader(seed), self.config.steps
         if name not in self._compiled:
-            self._compiled[name] = self._compile(make_tx, make_step, loader.batch(0))
+            self._compiled[name] = self.compile(make_tx, loader.batch(0), make_step)
         init, step = self._compiled[name]
         state = init(seed)
         curve, losses, seconds = Curve([], [], math.nan, 0.0), [], 0.0
@@ -178,7 +178,9 @@ class Experiment:
         curve.train, curve.seconds, curve.state = float(np.mean(tail)), seconds, state
         return curve
 
-    def _compile(self, make_tx: MakeTx | None, make_step: MakeStep | None, batch):
+    def compile(self, make_tx: MakeTx | None, batch, make_step: MakeStep | None = None):
+        """(init, step) of a contender: seed -> state; (state, batch, peak) -> (state, metrics)."""
+
         def step(state, batch, peak):
             tx, schedule = self.optimizer(make_tx, peak)
             make = make_step or (lambda tx, s: make_train_step(self.config, tx, s))

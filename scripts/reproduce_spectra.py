@@ -3,6 +3,7 @@
     python scripts/reproduce_spectra.py --list
     python scripts/reproduce_spectra.py --only corpus=stdlib        # about 1 to 4 minutes a run
     python scripts/reproduce_spectra.py --data-dir DIR --only corpus=technical
+    python scripts/reproduce_spectra.py --time          # a whole step of each, for the report
     python scripts/reproduce_spectra.py --report
 
 Decoders of about 0.2, 0.9 and 2 million parameters, byte tokens, 300 steps of 16 x 128 tokens,
@@ -19,19 +20,20 @@ import json
 import statistics
 import sys
 import tempfile
+import time
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
-from lm.train.spectrum_log import momentum
 
 import optim
 from lm import recipes
 from lm.config import ModelConfig
 from lm.experiment import Experiment, steps_to
-from lm.files import atomic_write_text
+from lm.files import atomic_write_json, atomic_write_text
 from lm.sweep import Sweep, best
 from lm.train.optimizer import OPTIMIZERS
+from lm.train.spectrum_log import momentum
 
 RESULTS = Path(__file__).resolve().parents[1] / "docs" / "results"
 STEPS, EVAL_EVERY, WARMUP = 300, 20, 30
@@ -145,6 +147,31 @@ def execute(run, data_dir: str):
     return curve.as_row() | ({"spike_50": spikes} if spikes else {})
 
 
+def time_steps(rounds: int = 12) -> None:
+    """Milliseconds of a whole training step, contenders in turn; on an idle machine."""
+    rows = {}
+    for size in SIZES:
+        found = experiment("stdlib", size, "")
+        batch = found.loader(0).batch(0)
+        steps, states, spent = {}, {}, {}
+        for name in MAIN:
+            config = dataclasses.replace(found.config.optim, **CONTENDERS[name])
+            make = lambda schedule, c=config: OPTIMIZERS[c.name](c, schedule)  # noqa: E731
+            init, steps[name] = found.compile(make, batch)
+            states[name], spent[name] = init(0), []
+        rate = jnp.asarray(1e-3, jnp.float32)
+        for _ in range(rounds):
+            for name, step in steps.items():
+                began = time.perf_counter()
+                for _ in range(5):
+                    states[name], _ = step(states[name], batch, rate)
+                jax.block_until_ready(states[name])
+                spent[name].append((time.perf_counter() - began) / 5 * 1e3)
+        rows[size] = {name: round(statistics.median(times), 2) for name, times in spent.items()}
+        print(size, rows[size])
+    atomic_write_json(RESULTS / "spectra_time.json", rows | {"jax": jax.__version__})
+
+
 @jax.jit
 def spike(state):
     """Mean over matrices of the share of directions that hold half of the momentum's energy."""
@@ -178,12 +205,14 @@ def table(corpus, size, rows):
     target = {row["run"]["seed"]: row["result"]["final"] for row in at_best.get("AdamW", ())}
     muon = {row["run"]["seed"]: row["result"]["final"] for row in at_best.get("Muon", ())}
     width, layers = SIZES[size]
+    timed = RESULTS / "spectra_time.json"
+    milliseconds = json.loads(timed.read_text())[size] if timed.exists() else {}
     lines = [
         f"## {corpus}, width {width}, {layers} layers",
         "",
         "| contender | best rate | held-out loss | minus Muon (paired) | steps to AdamW's loss |"
-        " seeds | losses at the swept rates |",
-        "|---|---|---|---|---|---|---|",
+        " ms a step | seeds | losses at the swept rates |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     for name, found in at_best.items():
         swept = {}
@@ -208,7 +237,7 @@ def table(corpus, size, rows):
         cells = "; ".join(f"{rate:g}: {spread(values)}" for rate, values in sorted(swept.items()))
         lines.append(
             f"| {name} | {rates[name]:g} | {spread(finals)} | {spread(gaps, 4) if gaps else '-'} |"
-            f" {share} | {len(found)} | {cells} |"
+            f" {share} | {milliseconds.get(name, '-')} | {len(found)} | {cells} |"
         )
     spikes = [row for row in rows if "spike_50" in row["result"]]
     if spikes:
@@ -271,7 +300,11 @@ Learning rate swept for every contender, best against best; ± is the standard e
 def main(argv=None):
     own = argparse.ArgumentParser(allow_abbrev=False, add_help=False)
     own.add_argument("--data-dir", default="")
+    own.add_argument("--time", action="store_true")
     args, rest = own.parse_known_args(argv)
+    if args.time:
+        time_steps()
+        return 0
     sweep = Sweep(RESULTS / "spectra.jsonl", runs())
     if not args.data_dir and not {"--list", "--report"} & set(rest):
         sweep.runs = [run for run in sweep.runs if run["corpus"] == "stdlib"]
