@@ -123,14 +123,14 @@ def run(arguments: argparse.Namespace) -> int:
     """
     _prepare_process()
     # Imported after the process is prepared: NumPy reads the environment when it is loaded.
-    from lm.merging.multi import describe_stages, finished, read_stages, run_stages
     from lm.merging.session import Session
+    from lm.merging.stages import read_stages
 
     say = _silent if arguments.quiet else _say
     progress = None if arguments.quiet else sys.stderr
     resume, intermediate = arguments.resume, arguments.intermediate_dir
 
-    def make(config: Any, out: Path, final: bool = True) -> Session:
+    def make(config: Any, out: Path, final: bool = True, open_stores: Any = None) -> Session:
         return Session(
             config,
             out,
@@ -142,6 +142,7 @@ def run(arguments: argparse.Namespace) -> int:
             device=arguments.device,
             out_format=arguments.out_format if final else "safetensors",
             allow_nonfinite=arguments.allow_nonfinite,
+            stores=open_stores,
             say=say,
         )
 
@@ -157,6 +158,8 @@ def run(arguments: argparse.Namespace) -> int:
             session.run(resume, progress)
         report(session)
         return exit_codes.OK
+    from lm.merging.multi import describe_stages, finished, run_stages
+
     options = f"{arguments.seed} {arguments.flavor} {arguments.device}"
     if arguments.dry_run:
         text, session = describe_stages(

@@ -1,117 +1,68 @@
-"""Merges in several stages, in the format of mergekit-multi.
+"""Merges in several stages: each an ordinary merge in a folder of its own.
 
-One file holds several YAML documents. Each is a configuration of its own with a `name`; wherever a
-model is expected, a stage's name stands for its result. The document without a name, or else the
-only stage that no other uses, is the final one and becomes OUT. The others are made first, in the
-order of what needs what, in folders of their names within the intermediate folder. Each is an
-ordinary merge there, so an interrupted one continues and a finished one is checked and kept.
+The stages before the final one are made in the order of what needs what, in folders of their names
+within the intermediate folder; the final one becomes OUT. Before any of them all are planned, on
+the tensors that the earlier ones will have, so that what cannot work shows at once. An interrupted
+stage continues, and a finished one is checked and kept.
 """
 
+import contextlib
 import dataclasses
 import hashlib
 import json
 import os
 import shutil
 import zlib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TextIO
 
 import numpy as np
 
-from lm.merging.config import MergeConfig, parse_config
+from lm.merging.config import MergeConfig
 from lm.merging.manifest import MANIFEST, check_output
 from lm.merging.pieces import pieces_of
+from lm.merging.progress import size
 from lm.merging.session import Session
+from lm.merging.stages import Stage, Stages
 from lm.merging.store import open_store
 from lm.merging.store.files import read_json
-from lm.merging.types import MergeError, StorageError
-from lm.merging.yaml_text import nearest, read_documents, show
+from lm.merging.types import MergeError, StorageError, Store, TensorInfo
 
-__all__ = ["Stage", "Stages", "describe_stages", "finished", "read_stages", "run_stages"]
+__all__ = ["PlannedStore", "describe_stages", "finished", "run_stages"]
 
 RECORD = "merge_stages.json"
-_REFERENCES = ("model", "base_model", "tokenizer_source", "source", "path")
-_RESERVED = ("base", "union", "auto", "zero", ".", "..")
 
-MakeSession = Callable[[MergeConfig, Path, bool], Session]
-"""`make(config, out, final)`: the session of one stage."""
+MakeSession = Callable[[MergeConfig, Path, bool, Mapping[str, Store]], Session]
+"""`make(config, out, final, stores)`: the session of one stage; `stores` are those open already."""
 
 
-@dataclasses.dataclass(frozen=True)
-class Stage:
-    """One document."""
+class PlannedStore:
+    """What a stage will have made: all that a plan asks of a store, but no numbers yet."""
 
-    name: str | None
-    document: Mapping[str, Any]
-    needs: tuple[str, ...]
-    """Names of the stages whose results it takes."""
-    text: str
-    """Its YAML as written, without the name."""
-    models: tuple[str, ...]
-    """Models that are no stages."""
+    def __init__(self, session: Session):
+        self.path = os.fspath(session.out)
+        self.config: dict[str, Any] = json.loads(session.plan.files.get("config.json", b"{}"))
+        self.tensors: Mapping[str, TensorInfo] = {info.name: info for info in session.outputs}
+        self.aliases = session.plan.aliases
+        self._identity = session.plan.fingerprint
 
-    @property
-    def title(self) -> str:
-        """For messages."""
-        return "the final stage" if self.name is None else f"stage {self.name!r}"
+    def read(
+        self,
+        name: str,
+        start: int = 0,
+        stop: int | None = None,
+        buffer: np.ndarray | None = None,
+    ) -> np.ndarray:
+        """There is nothing to read yet."""
+        raise StorageError(f"{self.path} is not made yet: {name} cannot be read")
 
+    def will_need(self, name: str, start: int, stop: int) -> None:
+        """Nothing to fetch."""
 
-@dataclasses.dataclass(frozen=True)
-class Stages:
-    """A checked file of several documents."""
-
-    place: str
-    text: str
-    order: tuple[Stage, ...]
-    """Every stage after those it needs; the last one becomes OUT."""
-    unused: tuple[str, ...]
-    """Names that no stage uses, without the final stage."""
-
-    def folder(self, out: Path, intermediate: Path | None) -> Path:
-        """Where the results of all stages but the last are."""
-        return intermediate or out.absolute().parent / f".{out.absolute().name}.stages"
-
-    def config(self, stage: Stage, folder: Path) -> MergeConfig:
-        """The configuration of a stage with paths in place of names."""
-        names = [each.name for each in self.order if each.name]
-        document, _ = _with_paths(stage.document, names, folder)
-        return parse_config(document, f"{self.place}, {stage.title}", stage.text)
-
-
-def read_stages(path: Path) -> Stages | None:
-    """The stages of a configuration file, or None if it holds one merge (or cannot be read).
-
-    Raises:
-      MergeError: a document is wrong, a name is unknown, repeated or no folder's name, stages
-        need each other in a circle, or it is not clear which one is the final one.
-    """
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError):
-        return None  # reading it as one configuration says what is wrong
-    if "\n---" not in text:
-        return None
-    documents = [item for item in read_documents(text, path.name) if item is not None]
-    if len(documents) < 2:
-        return None
-    names = _names(documents, path.name)
-    stages = {
-        name: _stage(name, document, names, path.name)
-        for name, document in zip(names, documents, strict=True)
-    }
-    used = {need for stage in stages.values() for need in stage.needs}
-    order = _ordered(stages, path.name)  # circles first: in one, every stage is used
-    ends = [name for name in names if name not in used]
-    if None not in names and len(ends) != 1:
-        raise MergeError(
-            f"{path.name}: no stage uses any of {', '.join(map(str, ends))}: leave the name of the "
-            "one out that is to become OUT"
-        )
-    final = None if None in names else ends[0]
-    order.append(order.pop(next(n for n, stage in enumerate(order) if stage.name == final)))
-    unused = tuple(name for name in ends if name != final)
-    return Stages(path.name, text, tuple(order), unused)
+    def identity(self) -> str:
+        """The plan's fingerprint."""
+        return self._identity
 
 
 def run_stages(
@@ -145,13 +96,15 @@ def run_stages(
     """
     folder = _check_folders(stages, out, intermediate, resume)
     digest = _digest(stages, options)
+    for _ in _planned(stages, out, folder, make):
+        pass  # raises before anything is done
     for number, stage in enumerate(stages.order, 1):
         final = number == len(stages.order)
         target = out if final else folder / str(stage.name)
         say(f"stage {number} of {len(stages.order)}: {target.name}")
-        try:
+        with _titled(stage):
             state = check_output(target, resume)
-            session = make(stages.config(stage, folder), target, final)
+            session = make(stages.config(stage, folder), target, final, {})
             if final:
                 record = json.dumps({"config": stages.text, "digest": digest}, indent=1) + "\n"
                 files = {**session.plan.files, RECORD: record.encode()}
@@ -159,12 +112,11 @@ def run_stages(
             session.run(resume, progress)
             if state == "complete" and not final:
                 _verify(session, target)
-        except MergeError as error:
-            raise type(error)(f"{stage.title}: {error}") from error
         if final:
             after(session)
     if intermediate is None:
         # Under its name the folder is there as a whole or not at all, whenever a kill comes.
+        shutil.rmtree(_removed(folder), ignore_errors=True)
         os.replace(folder, _removed(folder))
         shutil.rmtree(_removed(folder))
 
@@ -203,107 +155,56 @@ def describe_stages(
       The text, and the final stage's session if all it needs is there.
     """
     folder = _check_folders(stages, out, intermediate, resume)
-    lines, session = [], None
+    lines, last = [], None
+    for stage, target, session in _planned(stages, out, folder, make):
+        lines.append(f"== {stage.title}: {target}")
+        missing = [name for name in stage.needs if not (folder / name / MANIFEST).is_file()]
+        if check_output(target, resume) == "complete":
+            lines.append("finished")
+        elif session is not None and not missing:
+            lines.append(session.describe(resume))
+            last = session if target == out else None
+        else:
+            known = "cannot be planned yet"
+            if session is not None:
+                known = f"{len(session.outputs)} tensors, {size(session.layout.nbytes)}"
+            lines.append(f"{known}; more can be said when {', '.join(missing)} is made")
+    return "\n".join(lines), last
+
+
+def _planned(
+    stages: Stages, out: Path, folder: Path, make: MakeSession
+) -> Iterator[tuple[Stage, Path, Session | None]]:
+    """Every stage with its folder and its session.
+
+    Where the results it needs are not made yet, the session is planned on those of the sessions
+    before. There is none (None) where that is not enough: for tokenizers and adapters the files
+    themselves are needed.
+    """
+    planned: dict[str, Store] = {}
     for stage in stages.order:
         final = stage is stages.order[-1]
         target = out if final else folder / str(stage.name)
-        lines.append(f"== {stage.title}: {target}")
+        config = stages.config(stage, folder)
         missing = [name for name in stage.needs if not (folder / name / MANIFEST).is_file()]
-        if missing:
-            lines.append(f"can be described when {', '.join(missing)} is made")
-            stages.config(stage, folder)
-            continue
-        if check_output(target, resume) == "complete":
-            lines.append("finished")
-            continue
-        made = make(stages.config(stage, folder), target, final)
-        lines.append(made.describe(resume))
-        session = made if final else None
-    return "\n".join(lines), session
+        paths = {str(folder / name) for name in missing}
+        known = paths <= set(planned) and paths <= set(config.references())
+        session = None
+        if not missing or (known and config.tokenizer is None):
+            stores = {path: planned[path] for path in paths}
+            with _titled(stage):
+                session = make(config, target, final, stores)
+            planned[str(target)] = PlannedStore(session)
+        yield stage, target, session
 
 
-def _names(documents: Iterable[Any], place: str) -> list[str | None]:
-    names: list[str | None] = []
-    for number, document in enumerate(documents, 1):
-        if not isinstance(document, Mapping):
-            raise MergeError(f"{place}: document {number} must be a mapping, got {show(document)}")
-        name = document.get("name")
-        if name is None and None in names:
-            raise MergeError(
-                f"{place}: documents {names.index(None) + 1} and {number} have no name; only the "
-                "final stage may do without"
-            )
-        if name is not None:
-            plain = isinstance(name, str) and name.strip() == name and name.isprintable()
-            if not plain or not name or set(name) & set("/\\+:") or name.startswith("."):
-                raise MergeError(
-                    f"{place}: document {number}: name must be a plain folder name, got "
-                    f"{show(name)}"
-                )
-            if name in _RESERVED:
-                raise MergeError(f"{place}: a stage cannot be called {name!r}, which means a rule")
-            if name in names:
-                raise MergeError(f"{place}: two stages are called {name!r}")
-        names.append(name)
-    return names
-
-
-def _stage(name: str | None, document: Mapping, names: list[str | None], place: str) -> Stage:
-    rest = {key: value for key, value in document.items() if key != "name"}
-    where = place if name is None else f"{place}, stage {name!r}"
-    config = parse_config(rest, where)
-    known = [each for each in names if each]
-    _, needs = _with_paths(rest, known, Path())
-    own = tuple(ref for ref in config.references() if ref.split("+")[0] not in known)
-    for ref in own:
-        start = ref.rpartition("+")[0] or ref
-        if not Path(ref).expanduser().exists() and not Path(start).expanduser().exists():
-            raise MergeError(
-                f"{where}: there is neither a stage nor a folder {start!r}{nearest(start, known)}"
-            )
-    return Stage(name, rest, tuple(needs), config.text, own)
-
-
-def _with_paths(document: Any, names: Iterable[str], folder: Path) -> tuple[Any, dict[str, None]]:
-    """A document with paths in place of stages' names, and the names that were found."""
-    found: dict[str, None] = {}
-
-    def visit(value: Any, key: str) -> Any:
-        if isinstance(value, Mapping):
-            return {name: visit(item, name) for name, item in value.items()}
-        if isinstance(value, list):
-            return [visit(item, key) for item in value]
-        if isinstance(value, str) and key in _REFERENCES:
-            start, plus, adapter = value.partition("+")
-            if start in names:
-                found[start] = None
-                return f"{folder / start}{plus}{adapter}"
-        return value
-
-    return visit(document, ""), found
-
-
-def _ordered(stages: Mapping[str | None, Stage], place: str) -> list[Stage]:
-    """Every stage after those it needs, otherwise as written."""
-    order: list[Stage] = []
-    done: set[str | None] = set()
-    path: list[str | None] = []
-    pending: list[tuple[str | None, bool]] = [(name, False) for name in reversed(list(stages))]
-    while pending:
-        name, left = pending.pop()
-        if left:
-            path.pop()
-            if name not in done:
-                done.add(name)
-                order.append(stages[name])
-        elif name in path:
-            circle = " -> ".join(map(str, [*path[path.index(name) :], name]))
-            raise MergeError(f"{place}: the stages need each other in a circle: {circle}")
-        elif name not in done:
-            path.append(name)
-            pending.append((name, True))
-            pending += [(need, False) for need in reversed(stages[name].needs)]
-    return order
+@contextlib.contextmanager
+def _titled(stage: Stage) -> Iterator[None]:
+    """Let errors name the stage."""
+    try:
+        yield
+    except MergeError as error:
+        raise type(error)(f"{stage.title}: {error}") from error
 
 
 def _check_folders(stages: Stages, out: Path, intermediate: Path | None, resume: bool) -> Path:

@@ -7,6 +7,7 @@ the number of threads. `DEFINITIONS` says what each number is.
 """
 
 import concurrent.futures
+import functools
 import itertools
 import json
 import math
@@ -170,21 +171,22 @@ def _measure(job: Job, blocks: TensorBlocks, labels: Sequence[str], result: Stor
             found["product", kind, a, b] = inner(np, one, two)
         for label, values in zip(labels, everyone, strict=True):
             found["square", label] = inner(np, values, values)
+        changed = None
         if block.base is not None and models:
-            start = found["square", labels[-1]]
-            found |= {("base", label): start for label in models}
             up, down = (_any(vectors, compare) for compare in (np.greater, np.less))
-            found["changed",] = np.count_nonzero(up | down)
-            found["conflict",] = np.count_nonzero(up & down)
-        if dtype is not None:
+            changed = up | down
+            found |= {("base", label): found["square", labels[-1]] for label in models}
+            found["changed",] = float(np.count_nonzero(changed))
+            found["conflict",] = float(np.count_nonzero(up & down))
+        if result is not None and dtype is not None:
             raw = result.read(job.output, block.start, block.start + size)
             values = to_float32(raw, np.empty(raw.size, np.float32))
             for label, model in zip(labels, everyone, strict=True):
                 found["drift", label] = _square(values - model)
                 found["drifted from", label] = found["square", label]
-            if block.base is not None and models:
-                rounded = from_float32(block.base, np.empty(raw.size, dtype))
-                found["kept",] = np.count_nonzero((rounded != raw) & (up | down))
+            if changed is not None:
+                rounded = from_float32(everyone[-1], np.empty(raw.size, dtype))
+                found["kept",] = float(np.count_nonzero((rounded != raw) & changed))
                 found["dense",] = found["changed",]
         return found
 
@@ -197,11 +199,7 @@ def _measure(job: Job, blocks: TensorBlocks, labels: Sequence[str], result: Stor
 
 def _any(vectors: Iterable[np.ndarray], compare: np.ufunc) -> np.ndarray:
     """Where any of them compares with 0."""
-    found = None
-    for vector in vectors:
-        mask = compare(vector, 0)
-        found = mask if found is None else np.logical_or(found, mask, out=found)
-    return found
+    return functools.reduce(np.logical_or, (compare(vector, 0) for vector in vectors))
 
 
 def _square(values: np.ndarray) -> float:

@@ -38,6 +38,7 @@ class Session:
       device: None for NumPy, else the kind of JAX devices.
       out_format: what OUT holds in the end.
       allow_nonfinite: merge NaN and infinity.
+      stores: models that are open already, by their references.
       say: takes the lines meant for the user.
 
     Raises:
@@ -57,11 +58,12 @@ class Session:
         device: str | None = None,
         out_format: Literal["safetensors", "orbax"] = "safetensors",
         allow_nonfinite: bool = False,
+        stores: Mapping[str, Store] | None = None,
         say: Callable[[str], None] = print,
     ):
         self.out, self._say, self._device, self._format = out, say, device, out_format
         self._allow_nonfinite = allow_nonfinite
-        self._stores: dict[str, Store] = {}
+        self._stores: dict[str, Store] = dict(stores or {})
         config = config if isinstance(config, MergeConfig) else load_config(config)
         self.plan: Plan = make_plan(config, self._open, seed=seed, flavor=flavor)
         self.stores = [self._open(reference) for reference in self.plan.models]

@@ -6,9 +6,13 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
-from lm.merging.multi import describe_stages, finished, read_stages, run_stages
+from lm.merging.manifest import Workplace
+from lm.merging.multi import describe_stages, finished, run_stages
 from lm.merging.session import Session
+from lm.merging.stages import read_stages
 from lm.merging.types import MergeError, StorageError
 
 STAGES = """\
@@ -38,7 +42,7 @@ dtype: float32
 
 @pytest.fixture
 def stages(family):
-    """`write(text)`: a file of stages; `make`: sessions, recorded in `made`."""
+    """`write(text)`: a file of stages; `make`: sessions that are recorded in `made` when run."""
     paths = {name: family.folder / name for name in ("base", "a", "b")}
     made = []
 
@@ -47,9 +51,16 @@ def stages(family):
         path.write_text(text.format(**paths))
         return path
 
-    def make(config, out, final):
-        made.append(out.name)
-        return Session(config, out, jobs=2, say=lambda _: None)
+    def make(config, out, final, stores):
+        session = Session(config, out, jobs=2, stores=stores, say=lambda _: None)
+        merge = session.run
+
+        def recorded(*arguments):
+            made.append(out.name)
+            merge(*arguments)
+
+        session.run = recorded
+        return session
 
     def run(path, out="out", **options):
         return run_stages(
@@ -115,32 +126,35 @@ def test_the_only_stage_that_none_uses_is_the_final_one(stages, tools):
     assert stages.made == ["mean", "sum", "out"]
 
 
-def stop_before(stages, name):
-    """A `make` that is killed where the session of that stage would begin."""
-
-    def make(config, out, final):
-        if out.name == name:
-            raise KeyboardInterrupt
-        return stages.make(config, out, final)
-
-    return make
-
-
-def interrupted(stages, name="out"):
+def interrupted(stages, name="out", begun=False):
+    """Stages stopped before that one, or when it has `begun` and all its pieces are written."""
     path = stages.write()
-    with pytest.raises(KeyboardInterrupt):
-        run_stages(
-            read_stages(path),
-            stages.folder / "out",
-            stop_before(stages, name),
-            say=lambda _: None,
-        )
+    complete = Workplace.complete
+
+    def make(config, out, final, stores):
+        session = stages.make(config, out, final, stores)
+        if out.name == name and not begun:
+            session.run = stop
+        return session
+
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    def complete_or_stop(place, *arguments):
+        if place.out.name == name:
+            raise KeyboardInterrupt
+        complete(place, *arguments)
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Workplace, "complete", complete_or_stop)
+        run_stages(read_stages(path), stages.folder / "out", make, say=lambda _: None)
     return path, stages.folder / ".out.stages"
 
 
+@pytest.mark.parametrize("begun", [False, True])
 @pytest.mark.parametrize("name", ["sum", "out"])
-def test_resuming_keeps_what_is_finished(stages, tools, name):
-    path, folder = interrupted(stages, name)
+def test_resuming_keeps_what_is_finished(stages, tools, name, begun):
+    path, folder = interrupted(stages, name, begun)
     before = (folder / "mean" / "model.safetensors").stat()
     with pytest.raises(MergeError, match="add --resume"):
         stages.run(path)
@@ -155,6 +169,26 @@ def test_resuming_keeps_what_is_finished(stages, tools, name):
     for name, value in got.items():
         np.testing.assert_array_equal(value.view(np.uint32), wanted[name].view(np.uint32))
     assert not folder.exists()
+
+
+def test_what_cannot_work_in_the_end_shows_at_the_beginning(stages, tools):
+    last = """\
+merge_method: passthrough
+slices:
+  - sources: [{{model: mean, layer_range: [0, 2]}}]
+  - sources: [{{model: sum, layer_range: [1, LAST]}}]
+"""
+    documents = STAGES.split("---\n")[:2]
+    path = stages.write("---\n".join([*documents, last.replace("LAST", "9")]))
+    with pytest.raises(MergeError, match=r"the final stage: .*\[1, 9\] goes beyond"):
+        stages.run(path)
+    assert not stages.made and not (stages.folder / ".out.stages").exists()
+    # The plan on results that do not exist yet is the one that is made in the end.
+    path = stages.write("---\n".join([*documents, last.replace("LAST", "2")]))
+    text, _ = describe_stages(read_stages(path), stages.folder / "out", stages.make)
+    stages.run(path)
+    count = len(tools.read_output(stages.folder / "out"))
+    assert f"{count} tensors, " in text.rpartition("==")[2]
 
 
 def test_a_damaged_stage_is_found(stages):
@@ -247,6 +281,29 @@ def test_what_is_wrong_is_one_line_before_anything_is_done(stages, documents, me
     assert "\n" not in str(caught.value) and "stages.yml" in str(caught.value)
 
 
+@settings(
+    max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(data=st.data())
+def test_any_damage_to_the_file_is_one_line_or_still_stages(stages, data):
+    text = STAGES.format(**stages.paths)
+    for _ in range(data.draw(st.integers(1, 3))):
+        start = data.draw(st.integers(0, len(text)))
+        stop = start + data.draw(st.integers(0, 12))
+        put = data.draw(
+            st.sampled_from(["", ":", "[", "- ", "\n", "---\n", "name: ", "&a ", "{", "x"])
+        )
+        text = text[:start] + put + text[stop:]
+    path = stages.folder / "damaged.yml"
+    path.write_text(text)
+    try:
+        found = read_stages(path)
+    except MergeError as error:
+        assert str(error) and "\n" not in str(error)
+    else:
+        assert found is None or len(found.order) > 1
+
+
 def test_a_long_chain_is_no_trouble(stages):
     documents = [document(f"s{n}", f"s{n + 1}") for n in range(600)]
     found = read_stages(stages.write("---\n".join([*documents, document("s600")])))
@@ -296,7 +353,7 @@ def test_a_dry_run_tells_what_it_can(stages, tools):
     text, session = describe_stages(read_stages(path), out, stages.make)
     assert session is None and tools.digest(stages.folder) == before
     assert "model.norm.weight [32] float32 linear" in text
-    assert "the final stage" in text and "when sum, mean" in text
+    assert "the final stage" in text and "when sum, mean is made" in text
     interrupted(stages)
     text, session = describe_stages(read_stages(path), out, stages.make, resume=True)
     assert text.count("finished") == 2 and "float32 slerp {t: 0.25}" in text

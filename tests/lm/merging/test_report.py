@@ -3,6 +3,7 @@
 import html.parser
 import json
 import re
+import tracemalloc
 from types import SimpleNamespace
 
 import ml_dtypes
@@ -213,6 +214,26 @@ def test_rearranged_vocabularies_and_compressed_results(memory_store, rng):
     # A compressed output has no tensor of that name: what is known of the inputs is told.
     compressed = describe(plan, stores, memory_store("out", {"e.sign.0": merged_values}))
     assert "drift" not in compressed["model"] and compressed["model"]["relative_delta"]
+
+
+def test_memory_does_not_grow_with_the_tensor(memory_store):
+    def peak(elements):
+        values = np.ones(elements, np.float32)
+        stores = [memory_store(str(k), {"w": values}) for k in range(3)]
+        for store in stores:
+            store.will_need = lambda *_: None
+        job = Job("w", (elements,), "float32", "linear", (Source(0, "w"), Source(1, "w")), None, {})
+        plan = Plan(("0", "1"), (job,), {}, {}, 0, "paper", "x")
+        tracemalloc.start()
+        report = describe(plan, stores[:2], stores[2])
+        used = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        assert report["model"]["elements"] == elements
+        return used
+
+    peak(1 << 20)
+    small, large = peak(1 << 21), peak(1 << 24)
+    assert large < 1.5 * small and large < 4 << 24  # less than one of the three tensors
 
 
 @pytest.mark.parametrize(
