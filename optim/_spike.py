@@ -15,6 +15,7 @@ TINY = 1e-30
 
 def shape_spike(m, v, first, *, power_iters, init_iters, eps, auto, min_rank):
     """The update for momentum `m`, [..., rows, columns], and the next basis, [..., q, k]."""
+    eps = jnp.asarray(eps, m.dtype)
     rows, columns = m.shape[-2:]
     q, k = v.shape[-2:]
     # Basis on the shorter side: m v has the longer one.
@@ -55,6 +56,7 @@ def shape_spike(m, v, first, *, power_iters, init_iters, eps, auto, min_rank):
 
 def normalize(delta, row_nu, column_nu, decay, count):
     """Divide by the factored average of squares, keep the root mean square; and its factors."""
+    decay = jnp.asarray(decay, delta.dtype)
     square = jnp.square(delta)
     row_nu = decay * row_nu + (1 - decay) * jnp.mean(square, axis=-1)
     column_nu = decay * column_nu + (1 - decay) * jnp.mean(square, axis=-2)

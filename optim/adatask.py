@@ -4,6 +4,7 @@ One accumulator of squared gradients over all tasks lets a task with large gradi
 steps of the others. AdaTask (Yang et al., AAAI 2023, arXiv 2211.15055) gives each task its own.
 """
 
+import numbers
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -94,7 +95,7 @@ def scale_by_adatask(
     Returns:
       The corresponding :class:`optax.GradientTransformationExtraArgs`.
     """
-    if not isinstance(num_tasks, int) or num_tasks < 1:
+    if not isinstance(num_tasks, numbers.Integral) or num_tasks < 1:
         raise ValueError(
             f"num_tasks must be a whole number above 0, got {num_tasks!r} (with "
             "optax.inject_hyperparams, give static_args=('num_tasks',))"
@@ -156,7 +157,9 @@ def scale_by_adatask(
         if dominance_decay is not None:
             moved = update if dominance_numerator == "momentum" else g / scale
             moved = moved if present is None else jnp.where(present, moved, 0)
-            au = dominance_decay * au + (1 - dominance_decay) * moved**2
+            au = jnp.asarray(au)
+            average = dominance_decay * au + (1 - dominance_decay) * moved**2
+            au = average.astype(au.dtype)
         if present is None:
             return update, new_mu, new_nu, au
         keep = lambda new, old: jnp.where(present, new, old)  # noqa: E731

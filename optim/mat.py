@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optim.modular_ntk import Modules, kind_shapes
+from optim.modular_ntk import Modules, check_fit, kind_shapes
 
 Kinds = dict[str, jax.Array]
 """One array per kind of module, of the shape of the module's index."""
@@ -79,6 +79,7 @@ def mat(inner: optax.GradientTransformation, modules: Any) -> optax.GradientTran
     shapes = kind_shapes(modules)
 
     def init_fn(params):
+        check_fit(modules, params)
         fill = lambda value, dtype: {  # noqa: E731
             kind: jnp.full(shape, value, dtype) for kind, shape in shapes.items()
         }

@@ -49,7 +49,16 @@ def label_modules(label: Callable[[tuple, Any], Modules | None], params: Any) ->
         kind whose blocks differ.
     """
     modules = jax.tree_util.tree_map_with_path(label, params)
+    kind_shapes(modules)
+    check_fit(modules, params)
+    return modules
+
+
+def check_fit(modules: Any, params: Any) -> None:
+    """Raises `ValueError` for an axis that a leaf lacks, or blocks that do not divide it."""
     leaves, treedef = jax.tree.flatten(params)
+    if not leaves:  # also the placeholder with which optax.tree.map_params calls init
+        return
     for leaf, module in zip(leaves, treedef.flatten_up_to(modules), strict=True):
         for axis, blocks in module.axes if module else ():
             if not 0 <= axis < leaf.ndim or blocks < 1 or leaf.shape[axis] % blocks:
@@ -57,17 +66,18 @@ def label_modules(label: Callable[[tuple, Any], Modules | None], params: Any) ->
                     f"{module} does not fit a leaf of shape {leaf.shape}: axis {axis} must exist "
                     f"and be a multiple of {blocks}"
                 )
-    kind_shapes(modules)
-    return modules
 
 
 def kind_shapes(modules: Any) -> dict[str, tuple[int, ...]]:
     """Shape of the module index of each kind in a tree of `Modules`.
 
-    Raises `ValueError` for two leaves of one kind with different blocks, or a tree of none.
+    Raises `ValueError` for two leaves of one kind with different blocks, or a tree of none, and
+    `TypeError` for a leaf that is no `Modules`.
     """
     shapes: dict[str, tuple[int, ...]] = {}
     for module in jax.tree.leaves(modules):
+        if not isinstance(module, Modules):
+            raise TypeError(f"modules must hold optim.Modules and None, got {module!r}")
         if shapes.setdefault(module.kind, module.shape) != module.shape:
             raise ValueError(
                 f"leaves of kind {module.kind!r} have blocks {shapes[module.kind]} and "

@@ -6,6 +6,7 @@ of all others, and leaves those others as they are (arXiv 2602.11185).
 """
 
 import functools
+import numbers
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
@@ -73,12 +74,15 @@ def scale_by_spectra(
     :math:`U U^\top M = U W^\top` exactly, the tail is never formed, and the root mean square of
     :math:`\Delta` is 0.2 by construction.
 
-    The update does not change when the gradients are scaled, and turns with them under rotations
-    of either side. A zero gradient history gives a zero update. Where the momentum has rank k or
-    less there is no tail to take :math:`\sigma` from: it is then bounded below by rounding, so that
-    noise is not blown up, and the update is the polar factor of the spike, whose root mean square
-    is less than 0.2. NaN and infinities in a gradient give NaN in that parameter's update and
-    state; :func:`optax.apply_if_finite` keeps them out.
+    The update does not change when the gradients are scaled (as long as the root mean square of the
+    momentum is well above ``eps``), and turns with them under rotations of either side. A zero
+    gradient history gives a zero update. Where the momentum has rank k or less there is no tail to
+    take :math:`\sigma` from: it is then bounded below by rounding, so that noise is not blown up,
+    and the update is the polar factor of the spike, whose root mean square is less than 0.2. NaN
+    and infinities in a gradient give NaN in that parameter's update and state;
+    :func:`optax.apply_if_finite` keeps them out. That needs float32 gradients, since it returns
+    updates in the gradients' dtype; for lower precision there is ``optax.MultiSteps(tx, 1,
+    should_skip_update_fn=optax.skip_not_finite)``.
 
     Args:
       rank_ratio: Share of the singular directions taken to be the spike; 0.015 is the paper's.
@@ -93,7 +97,9 @@ def scale_by_spectra(
       dimension_numbers: A :class:`optax.contrib.MuonDimensionNumbers`, a tree of them with the
         structure of the parameters, or a function from the parameters to such a tree: which axes
         are rows and columns. All other axes are a stack of independent matrices (layers, experts,
-        heads). By default the last two axes are the matrix.
+        heads). By default the last two axes are the matrix, which is wrong for kernels that spread
+        a matrix over three axes (Flax's attention: [features, heads, head_dim]) and for
+        convolutions with the window last: name their axes, or leave them to another optimizer.
       rank: ``"share"``: the spike is k directions. ``"auto"``: k is the largest number; the spike
         is those of them that stand above the edge of the spectrum that noise of the same level
         would have (Marchenko and Pastur 1967), at least ``min_rank``; :math:`\sigma` is the level
@@ -168,8 +174,10 @@ def scale_by_spectra(
             gradients, views, *map(structure.flatten_up_to, old), strict=True
         ):
             g = g.astype(v.dtype)
-            total = momentum * mu.astype(v.dtype) + g
-            m = view.split(momentum * total + g if nesterov else total)
+            # A NumPy scalar would widen everything where 64 bits are enabled.
+            decay = jnp.asarray(momentum, v.dtype)
+            total = decay * mu.astype(v.dtype) + g
+            m = view.split(decay * total + g if nesterov else total)
             with jax.named_scope("spectra"):
                 delta, v = shape(m, v, state.count == 0)
                 if normalization:
@@ -297,6 +305,11 @@ def _prune(mask):
 
 
 def _wide(dtype):
+    if not jnp.issubdtype(dtype, jnp.floating):
+        raise ValueError(
+            f"a parameter of dtype {dtype} is no real matrix: leave it to another optimizer with "
+            "optax.partition or optax.masked"
+        )
     return jnp.promote_types(dtype, jnp.float32)
 
 
@@ -312,6 +325,9 @@ def _check(rank_ratio, min_rank, power_iters, init_iters, rank, normalization):
             )
     if not 0 <= rank_ratio <= 1:
         raise ValueError(f"rank_ratio must lie in [0, 1], got {rank_ratio}")
+    for name in ("min_rank", "power_iters", "init_iters"):
+        if not isinstance(static[name], numbers.Integral):
+            raise TypeError(f"{name} must be a whole number, got {static[name]!r}")
     if min_rank < 0:
         raise ValueError(f"min_rank must be 0 or more, got {min_rank}")
     for name in ("power_iters", "init_iters"):

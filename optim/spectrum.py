@@ -73,8 +73,8 @@ def spectrum_stats(
       previous: what an earlier call returned for this tree with the same `rank`, or None.
       rank: number k of leading directions to keep in `basis` (at most q); 0 keeps none.
       mask: tree of bools in the structure of `tree`, or a function from the tree to one: False
-        leaves a leaf out (a stack of norm scales is no matrix). Leaves of fewer than two
-        dimensions are always left out.
+        leaves a leaf out (a stack of norm scales is no matrix). Empty leaves and those of fewer
+        than two dimensions are always left out.
       max_side: longest shorter side whose spectrum is computed exactly.
       sketch: directions r of the randomized variant; at least `rank`.
 
@@ -104,7 +104,9 @@ def spectrum_stats(
     chosen = [True] * len(leaves) if mask is None else treedef.flatten_up_to(mask)
     earlier = [None] * len(leaves) if previous is None else treedef.flatten_up_to(previous)
     stats = [
-        _stats(leaf, before, rank, max_side, sketch) if use and leaf.ndim > 1 else None
+        _stats(leaf, before, rank, max_side, sketch)
+        if use and jnp.ndim(leaf) > 1 and leaf.size
+        else None
         for leaf, use, before in zip(leaves, chosen, earlier, strict=True)
     ]
     return treedef.unflatten(stats)
@@ -126,12 +128,16 @@ def _stats(x, before: SpectrumStats | None, rank: int, max_side: int, sketch: in
     else:
         energies, basis = _sketched(x, rank, min(sketch, q))
     values = _spectrum(energies, total, q)
-    good = lambda value: jnp.where(finite, jnp.where(total > 0, value, 0.0), jnp.nan)  # noqa: E731
+
+    def good(value):
+        value = jnp.asarray(value, jnp.float32)  # shares of integers are float64 if that is enabled
+        return jnp.where(finite, jnp.where(total > 0, value, 0.0), jnp.nan)
+
     values["sigma_1"] *= jnp.where(finite, largest, 0.0)
     stats = SpectrumStats(**{name: good(value) for name, value in values.items()})
     if basis is None:
         return stats
-    alignment = jnp.full(total.shape, jnp.nan)
+    alignment = jnp.full(total.shape, jnp.nan, jnp.float32)
     if before is not None:
         k = basis.shape[-1]
         overlap = jnp.einsum("...qk,...qj->...kj", basis, before.basis, precision=_HIGHEST)

@@ -5,6 +5,7 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 __all__ = ["JOINT", "SHARED", "leaf_paths", "per_task_value_and_grad", "task_owners"]
@@ -48,10 +49,10 @@ def task_owners(shared: SharedMask, tree: Any, num_tasks: int) -> list[int]:
         values = jax.tree.leaves(jax.tree.broadcast(shared, tree))
     owners = []
     for path, value in zip(paths, values, strict=True):
-        if value is True or value is False:
+        if isinstance(value, (bool, np.bool_)):
             owners.append(SHARED if value else JOINT)
-        elif isinstance(value, int) and 0 <= value < num_tasks:
-            owners.append(value)
+        elif isinstance(value, (int, np.integer)) and 0 <= value < num_tasks:
+            owners.append(int(value))
         else:
             raise ValueError(
                 f"shared must be True, False or a task in [0, {num_tasks}) for every parameter; "

@@ -338,3 +338,26 @@ class RunConfig:
             self.optim.warmup_steps <= self.steps,
             f"optim.warmup_steps ({self.optim.warmup_steps}) exceeds steps ({self.steps})",
         )
+        self._check_optimizer()
+
+    def _check_optimizer(self):
+        """A flag that the chosen optimizer would not read is a mistake, not a wish."""
+        name = self.optim.name
+        if name != "mat":
+            for field in _changed(self.mat):
+                check(False, f"mat.{field} is given but optim.name is {name}: add --optim.name mat")
+        matrices = self.mat.base if name == "mat" else name
+        for field in _changed(self.optim).intersection(_SPECTRA):
+            check(
+                matrices == "spectra",
+                f"optim.{field} is only for optim.name spectra, and it is {name}"
+                + (f" over {matrices}" if name == "mat" else ""),
+            )
+
+
+_SPECTRA = {"rank_ratio", "min_rank", "rank", "power_iters", "nesterov", "normalization"}
+
+
+def _changed(config) -> set[str]:
+    """Fields that differ from their defaults."""
+    return {f.name for f in dataclasses.fields(config) if getattr(config, f.name) != f.default}

@@ -353,6 +353,22 @@ def test_accumulation_and_skipping_of_what_is_not_finite(rng):
     np.testing.assert_allclose(x, expected[-1], rtol=1e-6)
 
 
+def test_numpy_scalars_are_numbers(rng):
+    g, wide = jnp.asarray(rng.normal(size=(2, 3)), jnp.float32), np.float64
+    shared = {"a": np.bool_(True), "b": np.int64(1)}
+    grads = {"a": g, "b": g[0]}
+    params = {"a": jnp.ones(3), "b": jnp.ones(3)}
+    plain = optim.adatask(0.1, 2, shared={"a": True, "b": 1})
+    tx = optim.adatask(0.1, np.int64(2), shared=shared)
+    updates = [t.update(grads, t.init(params), params)[0] for t in (plain, tx)]
+    jax.tree.map(np.testing.assert_array_equal, *updates)
+    with jax.enable_x64(True):
+        tx = optim.scale_by_adatask(2, b1=wide(0.9), b2=wide(0.99), dominance_decay=wide(0.9))
+        state = tx.init(params["a"])
+        _, after = tx.update(g, state)
+        assert jax.tree.map(lambda x: x.dtype, after) == jax.tree.map(lambda x: x.dtype, state)
+
+
 def test_mistakes_are_told(rng):
     for arguments, match in (
         ({"num_tasks": 0}, "above 0, got 0"),

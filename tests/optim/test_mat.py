@@ -249,6 +249,11 @@ def test_bad_input_is_named():
         mat_refresh(state, {"m": jnp.ones(3)}, target_active=1.5)
     with pytest.raises(ValueError, match=r"alpha must lie in \[0, 1\], got -1"):
         modular_rule({"m": jnp.ones(3)}, alpha=-1)
+    with pytest.raises(TypeError, match="optim.Modules and None, got 'm'"):
+        mat(optax.sgd(0.1), {"w": "m"})
+    for axes in (((0, 2),), ((-1, 2),), ((2, 1),)):
+        with pytest.raises(ValueError, match=r"does not fit a leaf of shape \(3, 2\)"):
+            mat(optax.sgd(0.1), {"w": Modules("m", axes)}).init(params)
 
 
 def test_example():

@@ -249,6 +249,36 @@ def test_momentum_may_be_kept_in_bfloat16(rng):
     assert rms(update) == pytest.approx(0.2, abs=1e-6)
 
 
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+def test_multi_steps_keep_out_what_is_not_finite_at_low_precision(rng, dtype):
+    good = {"w": jnp.asarray(rng.normal(size=(16, 8)), dtype)}
+    steps = optax.MultiSteps(optim.spectra(0.1), 1, should_skip_update_fn=optax.skip_not_finite)
+    update = jax.jit(steps.update)
+    updates, state = update(good, steps.init(good), good)
+    assert updates["w"].dtype == jnp.float32 and rms(updates["w"]) == pytest.approx(0.02, rel=1e-4)
+    updates, skipped = update({"w": good["w"].at[3, 2].set(jnp.nan)}, state, good)
+    assert not np.asarray(updates["w"]).any()
+    jax.tree.map(np.testing.assert_array_equal, skipped.inner_opt_state, state.inner_opt_state)
+
+
+@pytest.mark.parametrize("normalization", [None, "factored"])
+def test_numpy_scalars_widen_nothing_where_64_bits_are_enabled(rng, normalization):
+    wide = np.float64
+    with jax.enable_x64(True):
+        g = jnp.asarray(rng.normal(size=(16, 8)), jnp.float32)
+        tx = optim.scale_by_spectra(
+            momentum=wide(0.9),
+            eps=wide(1e-8),
+            normalization=normalization,
+            normalization_decay=wide(0.9),
+            power_iters=np.int64(2),
+        )
+        state = tx.init(g)
+        update, after = tx.update(g, state)
+        assert update.dtype == jnp.float32
+        assert jax.tree.map(lambda x: x.dtype, after) == jax.tree.map(lambda x: x.dtype, state)
+
+
 @pytest.mark.parametrize("shape", [(1024, 1024), (1024, 3072), (4, 3072, 1024)])
 def test_state_of_matrices_is_at_most_50_75_percent_of_adamw(shape):
     params = jax.ShapeDtypeStruct(shape, jnp.float32)
@@ -293,6 +323,19 @@ def test_vectors_are_refused_with_the_remedy():
     with pytest.raises(ValueError, match="does not have"):
         tx = optim.scale_by_spectra(dimension_numbers=MuonDimensionNumbers(0, 5))
         tx.init(jnp.zeros((3, 3)))
+
+
+@pytest.mark.parametrize("dtype", [jnp.complex64, jnp.int32])
+def test_matrices_that_are_not_real_are_refused_with_the_remedy(dtype):
+    with pytest.raises(ValueError, match="no real matrix.*optax.partition"):
+        optim.scale_by_spectra().init(jnp.zeros((4, 4), dtype))
+
+
+@pytest.mark.parametrize("name", ["min_rank", "power_iters", "init_iters"])
+@pytest.mark.parametrize("value", [1.5, None, "2"])
+def test_counts_must_be_whole_numbers(name, value):
+    with pytest.raises(TypeError, match=f"{name} must be a whole number, got {value!r}"):
+        optim.scale_by_spectra(**{name: value})
 
 
 def test_arrays_for_what_decides_shapes_are_refused_with_the_remedy():

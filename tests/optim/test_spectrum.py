@@ -133,6 +133,18 @@ def test_bad_arguments_are_named(options, message):
         spectrum_stats({"w": np.ones((3, 3), np.float32)}, **options)
 
 
+def test_empty_leaves_are_left_out():
+    stats = spectrum_stats({"a": jnp.ones((0, 4)), "b": jnp.ones((2, 3, 0)), "c": jnp.ones((2, 2))})
+    assert stats["a"] is None and stats["b"] is None and stats["c"].sigma_1 == pytest.approx(2.0)
+
+
+def test_fields_are_float32_where_64_bits_are_enabled():
+    with jax.enable_x64(True):
+        first = spectrum_stats(jnp.ones((4, 3)), rank=2)
+        second = spectrum_stats(jnp.ones((4, 3)), first, rank=2)
+        assert {leaf.dtype for leaf in jax.tree.leaves((first, second))} == {jnp.dtype("float32")}
+
+
 def test_example():
     assert doctest.testmod(optim.spectrum).failed == 0
     assert SpectrumStats._fields[:6] == SCALARS

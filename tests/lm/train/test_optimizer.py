@@ -9,7 +9,7 @@ import pytest
 import lm
 from lm import model
 from lm.config import ConfigError, ModelConfig
-from lm.train.config import OptimConfig
+from lm.train.config import MatConfig, OptimConfig, RunConfig
 from lm.train.optimizer import decay_mask, make_optimizer, make_schedule, parameter_labels
 
 CONFIG = ModelConfig(
@@ -216,3 +216,17 @@ def test_the_first_moment_has_the_dtype_asked_for(name):
     state = jax.eval_shape(tx.init, model.abstract_params(CONFIG))
     dtypes = [leaf.dtype for leaf in jax.tree.leaves(state) if leaf.ndim == 3]
     assert dtypes.count(jnp.bfloat16) == 7  # one for each stacked matrix
+
+
+@pytest.mark.parametrize(
+    "optim,mat,message",
+    [
+        ({"nesterov": True}, {}, "optim.nesterov is only for optim.name spectra, and it is adamw"),
+        ({"name": "mat", "rank": "auto"}, {}, "optim.rank .* it is mat over adamw"),
+        ({}, {"base": "muon"}, "mat.base is given but optim.name is adamw: add --optim.name mat"),
+    ],
+)
+def test_flags_of_an_optimizer_that_is_not_chosen_are_refused(optim, mat, message):
+    with pytest.raises(ConfigError, match=message):
+        RunConfig(optim=OptimConfig(**optim), mat=MatConfig(**mat))
+    RunConfig(optim=OptimConfig(name="mat", nesterov=True), mat=MatConfig(base="spectra"))
