@@ -1,1 +1,29 @@
-"""FP4 training arithmetic for JAX."""
+"""FP4 training arithmetic for JAX: block-scaled formats and their quantizers on any device.
+
+>>> import jax.numpy as jnp, quant
+>>> w = jnp.linspace(-1.0, 1.0, 1024).reshape(32, 32)
+>>> q = quant.quantize(w, quant.NVFP4, axis=0, block_2d=True)
+>>> q.nbytes  # 512 of codes, 4 block scales, 4 for the tensor scale; 4096 in float32
+520
+>>> bool((quant.fake_quant(w, quant.NVFP4, axis=0, block_2d=True) == quant.dequantize(q)).all())
+True
+"""
+
+from quant.formats import E2M1 as E2M1
+from quant.formats import E4M3 as E4M3
+from quant.formats import E5M2 as E5M2
+from quant.formats import FP8 as FP8
+from quant.formats import MXFP4 as MXFP4
+from quant.formats import MXFP8 as MXFP8
+from quant.formats import NVFP4 as NVFP4
+from quant.formats import Element as Element
+from quant.formats import Format as Format
+from quant.hadamard import TE_SIGNS as TE_SIGNS
+from quant.hadamard import hadamard as hadamard
+from quant.hadamard import inverse_hadamard as inverse_hadamard
+from quant.hadamard import random_signs as random_signs
+from quant.qarray import QArray as QArray
+from quant.quantize import dequantize as dequantize
+from quant.quantize import fake_quant as fake_quant
+from quant.quantize import quantize as quantize
+from quant.rounding import fold_key as fold_key

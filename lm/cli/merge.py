@@ -228,6 +228,13 @@ def _prepare_process() -> None:
     # Several threads within one product would share its sums out differently: other last bits.
     for name in ("OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "OMP_NUM_THREADS"):
         os.environ.setdefault(name, "1")
+    try:
+        import resource  # not on Windows
+
+        _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+    except (ImportError, OSError, ValueError):
+        pass  # all shards of all models are open at once: many of them may then be too many
     if sys.platform.startswith("linux"):
         try:
             library: Any = ctypes.CDLL(None)

@@ -112,8 +112,9 @@ def describe(store: Store) -> Architecture:
             layers = stacks.setdefault(match[1], {})
             layers.setdefault(int(match[2]), []).append(match[3])
     main = {prefix: layers for prefix, layers in stacks.items() if _is_stack(prefix, layers)}
-    if not main and stacks:
-        prefix = max(stacks, key=lambda prefix: sum(map(len, stacks[prefix].values())))
+    whole = [prefix for prefix in stacks if len(stacks[prefix]) == max(stacks[prefix]) + 1]
+    if not main and whole:  # a list with holes (modules without weights between) is no stack
+        prefix = max(whole, key=lambda prefix: sum(map(len, stacks[prefix].values())))
         main = {prefix: stacks[prefix]}
     for prefix in stacks.keys() - main.keys():
         numbered = [(i, rest) for i, rests in stacks[prefix].items() for rest in rests]

@@ -38,9 +38,9 @@ def unit_of(job: Job, method: Method) -> int:
     """
     if method.scope == "tensor":
         return max(1, math.prod(job.shape))
-    rows = method.scope == "row" or job.transform is not None
-    row = job.shape[-1] if rows and job.shape else 1
-    return math.lcm(max(1, row), 8 if method.many else 1)
+    row = job.shape[-1] if method.scope == "row" and job.shape else 1
+    token = _columns(job) if job.transform is not None else 1
+    return math.lcm(max(1, row), max(1, token), 8 if method.many else 1)
 
 
 class Workspace:
@@ -168,7 +168,7 @@ class Reader:
     ) -> np.ndarray:
         """Flat float32 values of one participant."""
         if job.transform is not None:
-            columns = job.shape[-1]
+            columns = _columns(job)
             first, last = span[0] // columns, -(-span[1] // columns)
             fetch = self._fetcher(order, columns)
             mean = None
@@ -310,6 +310,11 @@ class TensorBlocks:
 
 def _size(job: Job) -> int:
     return math.prod(job.shape)
+
+
+def _columns(job: Job) -> int:
+    """Elements of one token: 1 in the bias of a head, which has no other axis."""
+    return math.prod(job.shape[1:])
 
 
 def copies(job: Job, method: Method, stores: Sequence[Store]) -> bool:

@@ -215,10 +215,13 @@ class _Merge:
             self.progress.finish(spans[piece][1] - spans[piece][0])
         if not missing or self.stop.is_set():
             return
-        if copies(job, method, self.stores):
+        if not math.prod(job.shape) and not method.many:
+            for piece in missing:  # nothing to compute: no method need know of empty tensors
+                self.place.finish_piece(outputs[0], piece, 0)
+        elif copies(job, method, self.stores):
             self._all([self.workers.submit(self._copy, number, piece) for piece in missing])
         elif method.scope == "tensor":
-            need = tensor_memory(job)
+            need = tensor_memory(job, method)
             with self.memory.taken(need):
                 if not self.stop.is_set():
                     self._whole(number, whole.get(method))

@@ -29,6 +29,7 @@ from lm.merging import architecture as arch
 from lm.merging.folder import check_folder, copied, write_folder
 from lm.merging.low_rank import truncate
 from lm.merging.numbers import to_float32
+from lm.merging.pieces import PIECE
 from lm.merging.store import open_store
 from lm.merging.types import MergeError, Store, TensorInfo
 
@@ -84,18 +85,25 @@ class _Adapter:
         self.whole: list[str] = []
         self.report: dict[str, dict[str, Any]] = {}
 
+    def differs(self, name: str) -> bool:
+        """Whether a tensor has other values in the tuned model; read in parts."""
+        size = arch.info(self.base, name).size
+        for start in range(0, size, PIECE):
+            stop = min(size, start + PIECE)
+            before, after = (store.read(name, start, stop) for store in (self.base, self.tuned))
+            same = before.dtype == after.dtype and np.array_equal(_bits(before), _bits(after))
+            if not same and not np.array_equal(*(_wide(values) for values in (before, after))):
+                return True
+        return False
+
     def delta(self, name: str) -> np.ndarray:
         """W_tuned - W_base, float32 in the tensor's shape."""
-        info = arch.info(self.base, name)
-        before, after = (
-            to_float32(values, np.empty(info.size, np.float32))
-            for values in (self.base.read(name), self.tuned.read(name))
-        )
+        before, after = (_wide(store.read(name)) for store in (self.base, self.tuned))
         with np.errstate(invalid="ignore", over="ignore"):
             after -= before
         if not np.isfinite(after).all():
             raise MergeError(f"{name}: the difference of the two models holds NaN or infinity")
-        return after.reshape(info.shape)
+        return after.reshape(arch.info(self.base, name).shape)
 
     def add_factors(self, module: str, delta: np.ndarray, embedding: bool) -> None:
         """Factors of a matrix."""
@@ -117,12 +125,11 @@ class _Adapter:
             )
             values = values.astype(info.dtype)
             self.tensors.append((info, lambda values=values: [values.reshape(-1)]))
-        norm = float(np.linalg.norm(delta.astype(np.float64)))
         self.report[f"{module}.weight"] = {
             "saved": "factors",
             "rank": len(root),
             "kept_energy": cut.kept,
-            "delta_norm": norm,
+            "delta_norm": cut.norm,
             "way": cut.way,
         }
 
@@ -183,6 +190,14 @@ def extract_lora(
     return adapter.report
 
 
+def _bits(values: np.ndarray) -> np.ndarray:
+    return np.ascontiguousarray(values).view(np.uint8)
+
+
+def _wide(values: np.ndarray) -> np.ndarray:
+    return to_float32(values, np.empty(values.size, np.float32))
+
+
 def _modules(adapter: _Adapter) -> dict[str, list[str]]:
     """Module -> its tensors, of all that may be extracted."""
     base, tuned, settings = adapter.base, adapter.tuned, adapter.settings
@@ -215,22 +230,18 @@ def _modules(adapter: _Adapter) -> dict[str, list[str]]:
 
 def _extract(adapter: _Adapter, module: str, names: list[str]) -> None:
     weight = f"{module}.weight"
-    changed = {}
-    for name in names:
-        delta = adapter.delta(name)
-        if delta.any():
-            changed[name] = delta if name == weight else None
+    changed = [name for name in names if adapter.differs(name)]
     if not changed:
         return
     # An embedding of PEFT has its own kind of factors; an output head is a plain linear layer.
     embedding = weight == adapter.described.embedding
     in_vocabulary = weight in adapter.described.vocabulary
-    matrix = list(changed) == [weight] and changed[weight].ndim == 2
+    matrix = changed == [weight] and len(arch.info(adapter.base, weight).shape) == 2
     whole = module.endswith(adapter.settings.save_whole) if adapter.settings.save_whole else False
     if in_vocabulary and adapter.settings.embeddings == "whole":
         whole = True
     if matrix and not whole:
-        adapter.add_factors(module, changed[weight], embedding)
+        adapter.add_factors(module, adapter.delta(weight), embedding)
     else:
         adapter.add_whole(module, names)
 

@@ -57,7 +57,9 @@ def part_of(output: TensorInfo, job: Job, span: Span) -> Span:
     return (0, output.size) if span[0] == 0 else (output.size, output.size)
 
 
-def tensor_memory(job: Job) -> int:
-    """Bytes that a method of scope "tensor" takes: all models in float32, and as much again."""
+def tensor_memory(job: Job, method: Method) -> int:
+    """Bytes that a method of scope "tensor" takes for this tensor."""
+    if method.memory is not None:
+        return method.memory(tuple(job.shape), len(job.sources))
     participants = len(job.sources) + (job.base is not None)
     return 4 * math.prod(job.shape) * (2 * participants + 2)

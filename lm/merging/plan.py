@@ -80,6 +80,7 @@ def make_plan(
         [],
         [],
     )
+    _refuse_quantized(planner)
     donor = config.base_model or models[0]
     planner.vocabulary = make_vocabulary(config, by_ref, _rows(planner), donor)
     planner.warnings += unused_parameters(config)
@@ -100,10 +101,7 @@ def make_plan(
     written = {job.output for job in planner.jobs}
     model_config = _config(planner, donor, layers, written)
     files, warnings = model_files(config, by_ref, donor, planner.vocabulary, model_config)
-    digest = hashlib.blake2b(digest_size=16)
-    for part in (repr(config), flavor, str(seed), *(by_ref[ref].identity() for ref in models)):
-        digest.update(part.encode() + b"\0")
-    fingerprint = digest.hexdigest()
+    fingerprint = _fingerprint(planner, seed, files)
     return Plan(
         models=models,
         jobs=tuple(planner.jobs),
@@ -115,6 +113,34 @@ def make_plan(
         metadata=provenance(config, models, seed, flavor, fingerprint),
         warnings=tuple(dict.fromkeys(planner.warnings + warnings)),
     )
+
+
+def _refuse_quantized(planner: Planner) -> None:
+    """Packed integers and scales cannot be averaged: the result would be noise without an error."""
+    for ref, store in planner.stores.items():
+        settings = store.config.get("quantization_config")
+        if settings and planner.method.name != "passthrough":
+            kind = settings.get("quant_method", "") if isinstance(settings, dict) else ""
+            raise MergeError(
+                f"{ref} is quantized (quantization_config {kind}): {planner.method.name} needs the "
+                "weights themselves; give the model it was made from, or dequantize it and remove "
+                "quantization_config from its config.json"
+            )
+
+
+def _fingerprint(planner: Planner, seed: int, files: Mapping[str, bytes]) -> str:
+    """Hash of all that the output depends on, the tokenizers included: they arrange embeddings."""
+    digest = hashlib.blake2b(digest_size=16)
+    identities = (planner.stores[ref].identity() for ref in planner.models)
+    for part in (repr(planner.config), planner.flavor, str(seed), *identities):
+        digest.update(part.encode() + b"\0")
+    for name, data in sorted(files.items()):
+        digest.update(f"{name}\0{len(data)}\0".encode() + data)
+    for row_map in planner.row_maps.values():
+        digest.update(f"{row_map.made}\0{row_map.padding}\0".encode())
+        for rows in row_map.rows:
+            digest.update(rows.tobytes())
+    return digest.hexdigest()
 
 
 def _plan_module(planner: Planner, module: str, groups: list[Group]) -> list[tuple[str, int]]:

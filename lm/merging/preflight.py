@@ -54,6 +54,8 @@ def check_jobs(plan: Plan, stores: Sequence[Store], methods: Sequence[Method]) -
                 )
             elif is_float(info.dtype) != is_float(job.dtype):
                 problems.append(f"{source.name} of {model} is {info.dtype}, not {job.dtype}")
+        if method.check is not None:
+            method.check(job)
         if job.base is None and method.base == "required":
             problems.append(f"{job.output}: {method.name} needs a base_model")
     if problems:
@@ -74,10 +76,9 @@ def check_disk(out: Path, layout: Layout) -> None:
         raise MergeError(f"cannot make {out}: {parent} is not a folder")
     if not os.access(parent, os.W_OK | os.X_OK):
         raise StorageError(f"cannot write to {out}: {parent} is read-only for this user")
-    there = 0
-    if (out / PARTIAL).is_dir():
-        files = [path.stat() for path in (out / PARTIAL).rglob("*.safetensors")]
-        there = sum(512 * stat.st_blocks for stat in files)
+    # A merge that was interrupted at its very end has moved some of its files to their places.
+    files = [folder / shard.name for folder in (out / PARTIAL, out) for shard in layout.shards]
+    there = sum(512 * path.stat().st_blocks for path in files if path.is_file())
     free = shutil.disk_usage(parent).free + there
     if free < layout.nbytes:
         raise StorageError(
@@ -132,7 +133,7 @@ def check_memory(plan: Plan, methods: Sequence[Method], limit: int, jobs: int) -
 
 def _largest(plan: Plan, methods: Sequence[Method]) -> tuple[int, str]:
     pairs = zip(plan.jobs, methods, strict=True)
-    needs = [(tensor_memory(job), job.output) for job, m in pairs if m.scope == "tensor"]
+    needs = [(tensor_memory(job, m), job.output) for job, m in pairs if m.scope == "tensor"]
     return max(needs, default=(0, ""))
 
 
@@ -173,11 +174,9 @@ def lost_deltas(plan: Plan, stores: Sequence[Store]) -> list[str]:
 
 
 def _beginning(stores: Sequence[Store], source, count: int) -> tuple[np.ndarray, str]:
-    store = stores[source.model]
-    dtype = store.tensors[store.aliases.get(source.name, source.name)].dtype
-    values = store.read(source.name, 0, count)
-    with np.errstate(all="ignore"):
-        return to_float32(values, np.empty(values.size, np.float32)), dtype
+    values = stores[source.model].read(source.name, 0, count)
+    with np.errstate(all="ignore"):  # the type is that of the values: adapters give float32
+        return to_float32(values, np.empty(values.size, np.float32)), values.dtype.name
 
 
 def estimate_seconds(

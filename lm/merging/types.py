@@ -243,3 +243,8 @@ class Method:
     order, joined. Block starts must be multiples of 8 (masks are packed bits)."""
     outputs: "Callable[[TensorInfo, int], tuple[TensorInfo, ...]] | None" = None
     """Of `many`: the output tensors for (the tensor, number of models)."""
+    check: "Callable[[Job], None] | None" = None
+    """Raises `MergeError` before any work where the parameters of a job do not go together."""
+    memory: Callable[[tuple[int, ...], int], int] | None = None
+    """Of scope "tensor": bytes that the inputs and all that `apply` makes of them take at most, for
+    (shape, number of models besides the base). None: twice the inputs and two more arrays."""

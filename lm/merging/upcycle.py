@@ -167,7 +167,7 @@ def _plan_tensors(work: _Work, described: arch.Architecture, rows: np.ndarray) -
             continue
         info = base.tensors[name]
         work.add(name, info.shape, info.dtype, lambda name=name: copied(base, name))
-    dtype = arch.info(base, _source(work, 0, "up_proj")).dtype
+    dtype = arch.info(base, described.embedding).dtype
     routed = len(work.config.experts)
     for layer in range(work.stack.count):
         prefix = f"{work.stack.prefix}.{layer}."

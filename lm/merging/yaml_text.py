@@ -53,9 +53,9 @@ def read_documents(source: str, place: str) -> list[Any]:
     def mapping(loader, node):
         seen = set()
         for key_node, _ in node.value:
-            key = loader.construct_object(key_node, deep=True)
             if key_node.tag == "tag:yaml.org,2002:merge":
-                continue
+                continue  # `<<: *anchor`: own keys may repeat what it brings
+            key = loader.construct_object(key_node, deep=True)
             if key in seen:
                 line = key_node.start_mark.line + 1
                 raise MergeError(f"{place}, line {line}: the key {show(key)} appears twice")

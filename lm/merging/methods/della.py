@@ -15,7 +15,7 @@ from lm.merging.methods.dare import l1_scales, scaled
 from lm.merging.methods.elect import WEIGHT, combine
 from lm.merging.methods.linear import shared
 from lm.merging.methods.ties import DENSITY
-from lm.merging.types import Block, Blocks, MergeError, Method, Parameter
+from lm.merging.types import Block, Blocks, Job, MergeError, Method, Parameter
 
 __all__ = ["DELLA", "probabilities"]
 
@@ -37,17 +37,23 @@ def drop(block: Block, divided: bool = False) -> list[Any]:
         if density <= 0:
             delta = multiply(xp, delta, 0.0)
         elif density < 1:
-            if not 0 < density - epsilon <= density + epsilon < 1:
-                raise MergeError(
-                    f"della needs density - epsilon and density + epsilon within (0, 1), got "
-                    f"density {density:g} and epsilon {epsilon:g}: lower epsilon"
-                )
             chance = probabilities(xp, xp.abs(delta), density, epsilon)
             delta = multiply(xp, delta, block.random(k) < chance)
             if divided:
                 delta = divide(xp, delta, chance)
         result.append(delta)
     return result
+
+
+def check(job: Job) -> None:
+    """Densities and epsilons must give probabilities."""
+    for source in job.sources:
+        density, epsilon = float(source.params["density"]), float(source.params["epsilon"])
+        if 0 < density < 1 and not 0 < density - epsilon <= density + epsilon < 1:
+            raise MergeError(
+                f"{job.output}: della needs density - epsilon and density + epsilon within (0, 1), "
+                f"got density {density:g} and epsilon {epsilon:g}: lower epsilon"
+            )
 
 
 def measure(blocks: Blocks) -> list[float]:
@@ -70,6 +76,7 @@ def _method(name: str, elect: bool, paper: bool) -> Method:
         name,
         partial(della_paper if paper else della, elect=elect),
         scope="row",
+        check=check,
         measure=None if paper else measure,
         per_model=(WEIGHT, DENSITY, Parameter("epsilon", 0.15, low=0.0, high=1.0)),
         params=(*shared(elect), Parameter("rescale", True, kind="bool")),

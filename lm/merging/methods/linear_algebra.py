@@ -11,6 +11,8 @@ from typing import Any
 
 import numpy as np
 
+from lm.merging.methods.arrays import multiply
+
 __all__ = ["mean_isotropic", "polar", "svd"]
 
 NEGLIGIBLE = 1e-6
@@ -30,8 +32,11 @@ def svd(xp: Any, a: Any) -> tuple[Any, Any, Any]:
     u = u[:, ::-1]
     s = np.sqrt(np.maximum(squares[::-1], 0))
     there = s > NEGLIGIBLE * s[0]
-    s, u = s * there, u * there
-    return u, s, (u.T @ a) / np.where(there, s, 1)[:, None]
+    s = s * there
+    u *= there
+    vt = u.T @ a
+    vt /= np.where(there, s, 1)[:, None]
+    return u, s, vt
 
 
 def polar(xp: Any, a: Any) -> Any:
@@ -43,4 +48,4 @@ def polar(xp: Any, a: Any) -> Any:
 def mean_isotropic(xp: Any, a: Any) -> Any:
     """The matrix with a's singular vectors, all singular values set to their mean."""
     u, s, vt = svd(xp, a)
-    return s.mean() * (u @ vt)
+    return multiply(xp, u @ vt, s.mean())

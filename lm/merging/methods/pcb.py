@@ -56,7 +56,7 @@ def order_statistics(
     """Values number `indices`, counted from 0 for the smallest, of each of `count` streams."""
     # A rank of `size`, the smallest value, shall be a cut like the others: hence size + 1.
     ranks = [[size - index for index in indices]] * count
-    cuts = select(run, streams, ranks, size + 1, sample=False)
+    cuts = select(run, streams, ranks, size + 1, sample=False, ties=True)
     return [[key_value(cut.key, signed) for cut in each] for each in cuts]
 
 

@@ -4,10 +4,11 @@ All give theta_0 + lambda Delta for matrices [out, in]; singular directions belo
 largest are taken as absent (`linear_algebra`).
 """
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from typing import Any
 
-from lm.merging.methods.arrays import multiply
+from lm.merging.methods.arrays import add, multiply
 from lm.merging.methods.elect import LAMBDA, WEIGHT, disjoint_mean, weights
 from lm.merging.methods.linear import average, shared
 from lm.merging.methods.linear_algebra import mean_isotropic, polar, svd
@@ -24,17 +25,37 @@ from lm.merging.types import Block, Method, Parameter
 __all__ = ["ISO_C", "ISO_CTS", "KNOTS", "TSV", "matrix_method"]
 
 
-def matrix_method(name: str, delta: Callable[[Block], Any], **more: Any) -> Method:
-    """A method from the function that merges one matrix's task vectors to a change of the base."""
+def matrix_method(
+    name: str,
+    delta: Callable[[Block], Any],
+    extra: Callable[[int, int, int], int],
+    **more: Any,
+) -> Method:
+    """A method of matrices.
+
+    Args:
+      name: of the method.
+      delta: merges one matrix's task vectors to a change of the base.
+      extra: float32 numbers that `delta` takes besides the models and the task vectors (a float64
+        number counts as two), for (rows, columns, number of task vectors). Of the p x p matrix of
+        an eigendecomposition LAPACK has six times p^2 for itself.
+      more: fields of the `Method`.
+    """
 
     def apply(block: Block) -> Any:
         if len(block.info.shape) != 2:
             return average(block)
-        change = delta(block) * float(block.params["lambda"])
-        return (block.base + change).astype(block.xp.float32)
+        xp = block.xp
+        change = multiply(xp, delta(block), float(block.params["lambda"]))
+        return xp.asarray(add(xp, change, block.base), xp.float32)
 
     more = {"params": (LAMBDA,), "elsewhere": Method(name, average, params=(LAMBDA,))} | more
-    return Method(name, apply, scope="tensor", **more)
+
+    def memory(shape: tuple[int, ...], count: int) -> int:
+        rows, columns = (*shape, 1, 1)[:2]
+        return 4 * ((2 * count + 1) * math.prod(shape) + extra(rows, columns, count))
+
+    return Method(name, apply, scope="tensor", memory=memory, **more)
 
 
 def tsv(block: Block) -> Any:
@@ -45,11 +66,19 @@ def tsv(block: Block) -> Any:
     """
     xp, deltas = block.xp, block.deltas
     rank = max(1, min(deltas[0].shape) // len(deltas))
-    parts = [svd(xp, delta) for delta in deltas]
-    u = xp.concatenate([u[:, :rank] for u, _, _ in parts], axis=1)
-    s = xp.concatenate([s[:rank] for _, s, _ in parts])
-    vt = xp.concatenate([vt[:rank] for _, _, vt in parts])
+    u, s, vt = _joined(xp, [_leading(xp, delta, rank) for delta in deltas])
     return polar(xp, u) * s[None] @ polar(xp, vt)
+
+
+def _leading(xp: Any, a: Any, rank: int) -> tuple[Any, Any, Any]:
+    """The first singular vectors and values, copied: the others' memory is free again."""
+    u, s, vt = svd(xp, a)
+    return xp.array(u[:, :rank]), s[:rank], xp.array(vt[:rank])
+
+
+def _joined(xp: Any, parts: Sequence[tuple[Any, Any, Any]]) -> tuple[Any, Any, Any]:
+    u, s, vt = zip(*parts, strict=True)
+    return xp.concatenate(u, axis=1), xp.concatenate(s), xp.concatenate(vt)
 
 
 def iso_c(block: Block) -> Any:
@@ -68,13 +97,10 @@ def iso_cts(block: Block) -> Any:
     common = int(total * float(block.params["common_fraction"]))
     each = min(round((total - common) / count), total // count)
     common = total - each * count
-    u, s, vt = (part for part in svd(xp, sum(deltas)))
-    u, s, vt = u[:, :common], s[:common], vt[:common]
-    parts = [svd(xp, delta - u @ (u.T @ delta)) for delta in deltas]
-    u = xp.concatenate([*(part[0][:, :each] for part in parts), u], axis=1)
-    s = xp.concatenate([*(part[1][:each] for part in parts), s])
-    vt = xp.concatenate([*(part[2][:each] for part in parts), vt])
-    return s.mean() * (polar(xp, u) @ polar(xp, vt))
+    shared_part = u, _, _ = _leading(xp, sum(deltas), common)
+    parts = [_leading(xp, delta - u @ (u.T @ delta), each) for delta in deltas]
+    u, s, vt = _joined(xp, [*parts, shared_part])
+    return multiply(xp, polar(xp, u) @ polar(xp, vt), s.mean())
 
 
 def knots(block: Block) -> Any:
@@ -107,18 +133,20 @@ def _densest(block: Block, part: Any, density: float) -> Any:
     return multiply(xp, part, survivors(xp, keys, cut, 0).reshape(part.shape))
 
 
-TSV = matrix_method("tsv", tsv)
-ISO_C = matrix_method("iso_c", iso_c)
+TSV = matrix_method("tsv", tsv, lambda m, n, k: 8 * m * n + 14 * min(m, n) ** 2)
+ISO_C = matrix_method("iso_c", iso_c, lambda m, n, k: 7 * m * n + 10 * min(m, n) ** 2)
 FRACTION = Parameter("common_fraction", 0.8, low=0.0, high=1.0)
 ISO_CTS = matrix_method(
     "iso_cts",
     iso_cts,
+    lambda m, n, k: 10 * m * n + 16 * min(m, n) ** 2,
     params=(LAMBDA, FRACTION),
     elsewhere=Method("iso_cts", average, params=(LAMBDA, FRACTION)),
 )
 KNOTS = matrix_method(
     "knots",
     knots,
+    lambda m, n, k: (3 * k + 5) * m * n + 12 * min(m, k * n) ** 2,
     per_model=(WEIGHT, DENSITY),
     params=shared(True),
     elsewhere=TIES,

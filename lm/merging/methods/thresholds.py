@@ -8,7 +8,8 @@ Values are compared as 32-bit keys: a float's bit pattern without its sign order
    bits brackets it instead, and never misses;
 2. keys above the bracket are counted, keys within are kept (1 or 2 % of the tensor), and the rank
    is selected among them. Where many keys are equal, as deltas of bfloat16 files are, the bracket
-   usually is one key and nothing is kept;
+   usually is one key and nothing is kept, or a few, of which only the numbers are kept. Over a
+   whole model a second histogram, of the lower 16 bits, tells the key: nothing is kept at all;
 3. where some of several equal elements are above the cut, the pass is repeated up to the place.
 
 Keys of other namespaces than NumPy come to the host for it: the sizes above depend on the data.
@@ -117,7 +118,8 @@ def select(
       ranks: for each stream, how many elements shall be above each cut; 0 gives `NOTHING`, the
         size and more `EVERYTHING`.
       size: elements of a stream over all blocks.
-      sample: find brackets by a sample; False where blocks of several tensors follow another.
+      sample: find brackets by a sample; False where blocks of several tensors follow another,
+        which goes with `ties` alone: positions in several tensors are no order.
       ties: all elements equal to the last are above too (thresholds compared by >=).
     """
     wanted = [[rank if 0 < rank < size else 0 for rank in each] for each in ranks]
@@ -127,7 +129,10 @@ def select(
         missed = [[r if (s, r) not in found else 0 for r in each] for s, each in enumerate(wanted)]
         if any(any(each) for each in missed):
             brackets = find(run, streams, missed, size)
-            found |= _collected(run, streams, brackets, ties)
+            if ties and not sample:
+                found |= _refined(run, streams, brackets)
+            else:
+                found |= _collected(run, streams, brackets, ties)
     return [
         [
             found[stream, rank] if 0 < rank < size else NOTHING if rank <= 0 else EVERYTHING
@@ -174,14 +179,11 @@ def _binned(run: Run, streams: Any, wanted: list[list[int]], _size: int) -> dict
 
     def count(block: Block) -> list[Any]:
         pairs = zip(streams(block), wanted, strict=True)
-        return [
-            np.bincount(keys >> np.uint32(16), minlength=1 << 16) if any(each) else 0
-            for keys, each in pairs
-        ]
+        return [_tally(keys >> np.uint32(16)) if any(each) else (_NONE, 0) for keys, each in pairs]
 
     for part in run(count):
-        for total, counts in zip(totals, part, strict=True):
-            total += counts
+        for total, (bins, counts) in zip(totals, part, strict=True):
+            total[bins] += counts
     brackets = {}
     for stream, each in enumerate(wanted):
         above = np.cumsum(totals[stream, ::-1])
@@ -189,6 +191,38 @@ def _binned(run: Run, streams: Any, wanted: list[list[int]], _size: int) -> dict
             low = (0xFFFF - int(np.searchsorted(above, rank))) << 16
             brackets[stream, rank] = (low, low | 0xFFFF)
     return brackets
+
+
+def _tally(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Which of the numbers below 65536 occur, and how often: a few hundred of a block's."""
+    counts = np.bincount(values)
+    bins = np.flatnonzero(counts)
+    return bins.astype(np.uint16), counts[bins].astype(np.int32)
+
+
+def _refined(run: Run, streams: Any, brackets: dict[Any, Any]) -> dict[Any, Cut]:
+    """Cuts within the brackets of `_binned`, by a histogram of the keys' lower halves."""
+    totals = {each: np.zeros(1 << 16, np.int64) for each in brackets}
+    larger = dict.fromkeys(brackets, 0)
+
+    def count(block: Block) -> dict[Any, Any]:
+        keys, parts = streams(block), {}
+        for (stream, rank), (low, high) in brackets.items():
+            key = keys[stream]
+            inside = key[np.flatnonzero((key - np.uint32(low)) <= np.uint32(high - low))]
+            above = int(np.count_nonzero(key > np.uint32(high)))
+            parts[stream, rank] = above, _tally(inside - np.uint32(low))
+        return parts
+
+    for part in run(count):
+        for each, (above, (bins, counts)) in part.items():
+            larger[each] += above
+            totals[each][bins] += counts
+    cuts = {}
+    for each, total in totals.items():
+        place = int(np.searchsorted(np.cumsum(total[::-1]), each[1] - larger[each]))
+        cuts[each] = Cut(brackets[each][0] + 0xFFFF - place, END)
+    return cuts
 
 
 def _collected(run: Run, streams: Any, brackets: dict[Any, Any], ties: bool) -> dict[Any, Cut]:
@@ -202,6 +236,8 @@ def _collected(run: Run, streams: Any, brackets: dict[Any, Any], ties: bool) -> 
                 inside = int(np.count_nonzero(key == np.uint32(low)))
             else:
                 inside = key[np.flatnonzero((key - np.uint32(low)) <= np.uint32(high - low))]
+                crowded = inside.size > key.size // 8  # the same few keys again and again
+                inside = np.unique(inside, return_counts=True) if crowded else (inside, None)
             parts[stream, rank] = (int(np.count_nonzero(key > np.uint32(high))), inside)
         return block.start, parts
 
@@ -212,13 +248,13 @@ def _collected(run: Run, streams: Any, brackets: dict[Any, Any], ties: bool) -> 
         parts = [(start, *part[stream, rank]) for start, part in blocks]
         need = rank - sum(above for _, above, _ in parts)
         kept = [inside for _, _, inside in parts]
-        total = sum(kept) if low == high else sum(each.size for each in kept)
+        total = sum(kept) if low == high else sum(_count(*each) for each in kept)
         if not 0 < need <= total:
             continue
         key = low
         if low != high:
-            key, need = _largest(np.concatenate(kept), low, high, need)
-            kept = [int(np.count_nonzero(each == key)) for each in kept]
+            key, need = _largest(kept, low, high, need)
+            kept = [_count(keys, counts, keys == key) for keys, counts in kept]
         cuts[stream, rank] = Cut(key, END)
         if not ties and need < sum(kept):
             before = np.cumsum([0, *kept])
@@ -253,19 +289,28 @@ def _placed(run: Run, streams: Any, split: dict[int, list[Any]]) -> dict[Any, Cu
     return cuts
 
 
-def _largest(keys: np.ndarray, low: int, high: int, need: int) -> tuple[int, int]:
+def _count(keys: np.ndarray, counts: np.ndarray | None, chosen: Any = slice(None)) -> int:
+    """How many elements the chosen keys stand for: one each, or as `counts` says."""
+    return keys[chosen].size if counts is None else int(counts[chosen].sum())
+
+
+def _largest(kept: Sequence[Any], low: int, high: int, need: int) -> tuple[int, int]:
     """The key of that rank among keys in [low, high], and the rank among its equals.
 
     Two histograms: introselect is slow where many keys are equal.
     """
+    keys, counts = np.concatenate([keys for keys, _ in kept]), None
+    if any(each is not None for _, each in kept):
+        counts = np.concatenate([np.ones(k.size, np.int32) if c is None else c for k, c in kept])
     shift = max(0, (high - low).bit_length() - 16)
     for step in (shift, 0) if shift else (0,):
         upper = (keys - np.uint32(low)) >> np.uint32(step)
-        above = np.cumsum(np.bincount(upper)[::-1])
+        above = np.cumsum(np.bincount(upper, counts)[::-1])
         place = int(np.searchsorted(above, need))
         need -= int(above[place - 1]) if place else 0
         chosen = above.size - 1 - place
-        keys = keys[upper == chosen]
+        inside = upper == chosen
+        keys, counts = keys[inside], None if counts is None else counts[inside]
         low += chosen << step
     return low, need
 

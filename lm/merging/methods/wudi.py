@@ -60,7 +60,11 @@ def wudi_steps(block: Block) -> Any:
     return x
 
 
-WUDI = matrix_method("wudi", wudi)
+WUDI = matrix_method(
+    "wudi",
+    wudi,
+    lambda m, n, k: (6 * k + 12) * m * n + 2 * k * m * m + 11 * min(k * m, n) ** 2,
+)
 STEPS = (
     LAMBDA,
     Parameter("steps", 300, kind="integer", low=0),
@@ -69,6 +73,7 @@ STEPS = (
 WUDI_STEPS = matrix_method(
     "wudi_steps",
     wudi_steps,
+    lambda m, n, k: (k + 10) * m * n + 2 * n * n,
     params=STEPS,
     elsewhere=Method("wudi_steps", average, params=STEPS),
 )

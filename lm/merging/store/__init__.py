@@ -29,8 +29,12 @@ def open_store(reference: str) -> Store:
       MergeError: there is no such model here.
       StorageError: it cannot be read, or is damaged; the message names the file.
     """
-    path = Path(reference).expanduser()
-    if path.exists():
+    try:
+        path = Path(reference).expanduser()
+        there = path.exists()
+    except (RuntimeError, OSError) as error:  # an unknown ~user; a name too long; no permission
+        raise MergeError(f"there is no model at {reference} that can be read: {error}") from error
+    if there:
         return _open(reference, path)
     base, plus, adapter = reference.rpartition("+")
     if plus and base and adapter:

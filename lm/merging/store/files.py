@@ -54,7 +54,7 @@ class FileStore:
         headers: Sequence[bytes],
     ):
         self.path = path
-        self.config = read_config(Path(path))
+        self.config = read_config(Path(path).expanduser())
         self.tensors = tensors
         self.aliases = aliases
         self._files = list(files)

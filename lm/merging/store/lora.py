@@ -10,6 +10,7 @@ import hashlib
 import json
 import math
 import re
+import threading
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,6 +25,7 @@ __all__ = ["LoraStore"]
 _PREFIXES = ("base_model.model.", "")
 _FACTOR = re.compile(r"(.+)\.(lora_(?:embedding_)?[AB])(?:\.[^.]+)?(?:\.weight)?")
 _BAND = 1 << 16  # elements; bands do not depend on what is asked for, so that rounding does not
+_KEPT = 64 << 20  # bytes of factors in float32 that are kept for the next blocks
 
 
 class _Update(NamedTuple):
@@ -52,7 +54,8 @@ class LoraStore:
         self._replaced: dict[str, str] = {}
         self._updates: dict[str, _Update] = {}
         self._loaded: dict[str, np.ndarray] = {}
-        for setting in ("use_dora", "use_qalora"):
+        self._lock = threading.Lock()
+        for setting in ("use_dora", "use_qalora", "lora_bias"):
             if self._settings.get(setting):
                 raise MergeError(f"{path}: {setting} is not supported; merge that adapter first")
         if (kind := str(self._settings.get("peft_type", "LORA")).upper()) != "LORA":
@@ -102,13 +105,19 @@ class LoraStore:
         return product
 
     def _load(self, name: str) -> np.ndarray:
-        if name not in self._loaded:
-            values = self._factors.read(name)
-            shape = self._factors.tensors[name].shape
-            self._loaded[name] = to_float32(values, np.empty(values.size, np.float32)).reshape(
-                shape
-            )
-        return self._loaded[name]
+        """A factor in float32; those used last are kept, as far as `_KEPT` allows."""
+        with self._lock:
+            if (found := self._loaded.pop(name, None)) is not None:
+                self._loaded[name] = found  # now the last to be given up
+                return found
+        values = self._factors.read(name)
+        shape = self._factors.tensors[name].shape
+        found = to_float32(values, np.empty(values.size, np.float32)).reshape(shape)
+        with self._lock:
+            self._loaded[name] = found
+            while sum(each.nbytes for each in self._loaded.values()) > max(_KEPT, found.nbytes):
+                del self._loaded[next(iter(self._loaded))]
+        return found
 
     def _match(self) -> None:
         """Find the weight that each tensor of the adapter belongs to."""

@@ -41,6 +41,10 @@ _NO_WEIGHTS = ("training_args.bin", "optimizer.bin", "optimizer.pt", "scheduler.
 _HEADER_LIMIT = 100_000_000  # the format's own
 
 
+class _UnknownDtype(Exception):
+    """The file is sound, but holds numbers of a format that is not known here."""
+
+
 class Header(NamedTuple):
     """What a file's header says."""
 
@@ -71,6 +75,10 @@ def read_header(handle: int, file: Path) -> Header:
             raise ValueError("not an object")
         metadata = content.pop("__metadata__", None) or {}
         spans = [_span(name, value) for name, value in content.items()]
+    except _UnknownDtype as error:
+        raise StorageError(
+            f"{file}: {error}, which cannot be read: give the model in another format"
+        ) from error
     except (ValueError, TypeError, KeyError, RecursionError) as error:
         raise StorageError(f"{file}: the header is damaged ({error}); copy it again") from error
     _check_layout(spans, size - 8 - length, file)
@@ -92,7 +100,7 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 def _span(name: str, value: Any) -> tuple[TensorInfo, int, int]:
     dtype, shape, (begin, end) = value["dtype"], value["shape"], value["data_offsets"]
     if dtype not in DTYPES:
-        raise ValueError(f"{name} has the unsupported dtype {dtype}")
+        raise _UnknownDtype(f"{name} has the dtype {dtype}")
     if not all(type(n) is int and n >= 0 for n in (*shape, begin, end)):
         raise ValueError(f"{name} has an impossible shape or place")
     info = TensorInfo(name, tuple(shape), DTYPES[dtype])

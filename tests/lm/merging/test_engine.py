@@ -26,6 +26,7 @@ SHAPES = {
     "scalar": (),
     "cube": (3, 4, 5),
     "empty": (0, 4),
+    "even": (16, 6),  # eight devices can share it
 }
 
 

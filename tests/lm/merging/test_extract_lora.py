@@ -184,6 +184,10 @@ def test_what_cannot_work(tmp_path, models, tools, rng):
     tools.write_model(tmp_path / "nan", tuned | {Q: tuned[Q] * np.nan})
     with pytest.raises(MergeError, match=f"{Q}.*NaN"):
         extract_lora(path, str(tmp_path / "nan"), out, None, silent)
+    # Found only while writing: what was written is gone again.
+    tools.write_model(tmp_path / "late", tuned | {NORM: tuned[NORM] * np.inf})
+    with pytest.raises(MergeError, match=f"{NORM}.*NaN or infinity"):
+        extract_lora(path, str(tmp_path / "late"), out, None, silent)
     assert not out.exists()
     out.mkdir()
     (out / "precious").write_text("x")

@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import shutil
 
 import ml_dtypes
 import numpy as np
@@ -82,6 +83,21 @@ def test_a_disk_that_is_too_small(plan, tmp_path):
         preflight.check_disk(tmp_path / "a" / "b", make_layout([huge], 1 << 62, {}))
     small = TensorInfo("w", (1,), "float32")
     preflight.check_disk(tmp_path / "a" / "b", make_layout([small], 1 << 62, {}))
+
+
+def test_files_that_are_there_already_need_no_room(tmp_path, monkeypatch):
+    """On a disk that the interrupted merge has filled, wherever its files are by now."""
+    infos = [TensorInfo(name, (5000,), "float32") for name in "ab"]
+    layout = make_layout(infos, 1, {})
+    folders = tmp_path / "out" / preflight.PARTIAL, tmp_path / "out"
+    folders[0].mkdir(parents=True)
+    full = shutil.disk_usage(tmp_path)._replace(free=10_000)
+    monkeypatch.setattr(preflight.shutil, "disk_usage", lambda path: full)
+    with pytest.raises(StorageError, match="10 kB free"):
+        preflight.check_disk(tmp_path / "out", layout)
+    for folder, shard in zip(folders, layout.shards, strict=True):
+        (folder / shard.name).write_bytes(bytes(shard.size))
+    preflight.check_disk(tmp_path / "out", layout)
 
 
 def test_memory_grows_with_threads_and_whole_tensors(plan):

@@ -5,6 +5,8 @@ import json
 import ml_dtypes
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from lm.merging.router import normal
 from lm.merging.types import MergeError
@@ -257,3 +259,26 @@ def test_what_cannot_work(models, tools, rng):
     path.write_text("base_model: [")
     with pytest.raises(MergeError, match="is not YAML"):
         load_moe_config(path)
+
+
+LEAVES = st.none() | st.booleans() | st.integers(-3, 5) | st.floats() | st.text(max_size=5)
+VALUES = st.recursive(
+    LEAVES,
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.dictionaries(st.sampled_from(["source_model", "positive_prompts", "search"]), inner)
+    ),
+    max_leaves=6,
+)
+KEYS = ["base_model", "experts", "gate_mode", "experts_per_token", "shared_experts", "dtype"]
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.dictionaries(st.sampled_from([*KEYS, "architecture", "other"]), VALUES) | VALUES)
+def test_any_content_is_a_config_or_one_line(value):
+    good = {"base_model": "x", "experts": [{"source_model": "x"}] * 2, "gate_mode": "random"}
+    for data in (value, good | value if isinstance(value, dict) else value):
+        try:
+            parse_moe_config(data)
+        except MergeError as error:
+            assert "\n" not in str(error)

@@ -116,6 +116,8 @@ def merge(
 
     blocks, make, shape = make_blocks(tensor, base, models)
     others = [(n, make_blocks(n, b, m)[0]) for n, b, m in more]
+    if method.check:
+        method.check(blocks.job)
     whole = method.survey(lambda: iter([(tensor, blocks), *others])) if method.survey else None
     if statistics is None and method.measure:
         statistics = method.measure(blocks)

@@ -1,6 +1,7 @@
 """What must hold for whole families of methods, whatever the numbers."""
 
 import dataclasses
+import tracemalloc
 
 import jax.numpy as jnp
 import numpy as np
@@ -9,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lm.merging.methods import METHODS, get
+from lm.merging.types import Block, TensorInfo
 
 WEIGHTED = [m.name for readings in METHODS.values() for m in readings[:1] if m.per_model]
 ALL = [(name, m.flavor) for name, readings in METHODS.items() for m in readings]
@@ -248,3 +250,23 @@ def test_inputs_are_not_overwritten(run, name, flavor):
         models[: setting["count"]], each=setting["each"], **setting["params"],
     )  # fmt: skip
     assert kept and all(kept)
+
+
+WHOLE = [pair for pair in ALL if get(*pair).scope == "tensor"]
+
+
+@pytest.mark.parametrize(("name", "flavor"), WHOLE)
+@pytest.mark.parametrize("shape", [(96, 96), (72, 240), (240, 72)], ids=str)
+def test_whole_matrices_take_no_more_memory_than_is_said(name, flavor, shape, rng):
+    method = get(name, flavor)
+    params = {p.name: p.default for p in method.params} | ({"steps": 3} if "_steps" in name else {})
+    each = {p.name: p.default for p in method.per_model} | {"weight": 0.5, "density": 0.5}
+    for count in 1, 4:
+        base, *models = rng.standard_normal((count + 1, *shape), np.float32)
+        info = TensorInfo("w", shape, "float32")
+        block = Block(base, tuple(models), (each,) * count, params, 0, lambda k: None, info=info)
+        tracemalloc.start()
+        method.apply(block)
+        peak = tracemalloc.get_traced_memory()[1] + 4 * (count + 1) * base.size
+        tracemalloc.stop()
+        assert peak <= method.memory(shape, count) < 4 * peak, (count, peak / base.nbytes)

@@ -146,3 +146,50 @@ def test_keys_order_as_numbers_do(xp, rng):
 def test_how_many_are_kept():
     assert [keep_count(d, 12) for d in (0, 0.01, 0.5, 0.99, 1)] == [0, 1, 6, 11, 12]
     assert keep_count(0.5, 1) == 1
+
+
+def arrays(value):
+    if isinstance(value, np.ndarray):
+        return [value]
+    values = value.values() if isinstance(value, dict) else value
+    nested = isinstance(value, dict | list | tuple)
+    return [found for each in values for found in arrays(each)] if nested else []
+
+
+def test_a_whole_model_keeps_no_keys_and_parts_no_equals(rng, monkeypatch):
+    """Blocks of two tensors: both begin at 0, and the cut is among equals of both."""
+    values = rng.choice(rng.normal(size=30), 4000).astype(np.float32)
+    values[::7] = rng.normal(size=values[::7].size)
+    tensors = [values[:2500], values[2500:]]
+    kept = []
+
+    def run(function):
+        for tensor in tensors:
+            for part in pieces(tensor, 300)(function):
+                kept.append(part)
+                yield part
+
+    order = np.sort(np.abs(values))[::-1]
+    for rank in 1, 17, 2000, 3999:
+        ((cut,),) = select(run, keys_of, [[rank]], values.size, sample=False, ties=True)
+        assert key_value(cut.key) == order[rank - 1]
+        np.testing.assert_array_equal(above(values, cut, 100), np.abs(values) >= order[rank - 1])
+    assert not any(each.dtype == np.uint32 for each in arrays(kept))
+
+
+def test_few_different_keys_are_counted_not_kept(rng):
+    """The rank lies at the border of two keys that make up everything."""
+    values = np.repeat(np.float32([1, 2]), 1 << 19)
+    rng.shuffle(values)
+    largest = [0]
+
+    def run(function):
+        for part in pieces(values, 1 << 17)(function):
+            if isinstance(part, tuple):
+                ((_, inside),) = part[1].values()
+                largest[0] = max(largest[0], np.size(inside[0]))
+            yield part
+
+    ((cut,),) = select(run, keys_of, [[(1 << 19) - 5]], values.size)
+    assert 0 < largest[0] <= 2
+    np.testing.assert_array_equal(above(values, cut, 1 << 16), first_by_size(values, (1 << 19) - 5))
