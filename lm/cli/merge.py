@@ -27,7 +27,7 @@ the same result to the last bit. Exit codes: 0 done, 2 something given cannot wo
 be read or written, 130 interrupted."""
 
 
-class _Parser(argparse.ArgumentParser):
+class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         if match := re.fullmatch(r"unrecognized arguments: (\S+).*", message):
             flags = [flag for action in self._actions for flag in action.option_strings]
@@ -48,13 +48,13 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
     except Exception as error:
         if os.environ.get("ANISO_TRACEBACK"):
             raise
-        code, message = _explained(error)
+        code, message = explained(error)
         print(f"{program}: error: {message}", file=sys.stderr)
     sys.stdout.flush()
     sys.exit(code)
 
 
-def _explained(error: Exception) -> tuple[int, str]:
+def explained(error: Exception) -> tuple[int, str]:
     from lm.files import explain_os_error
     from lm.merging.types import StorageError
 
@@ -70,8 +70,8 @@ def _explained(error: Exception) -> tuple[int, str]:
     return exit_codes.FAILED, f"{kind}: {first} (set ANISO_TRACEBACK=1 to see where)"
 
 
-def _parser(program: str) -> _Parser:
-    parser = _Parser(
+def _parser(program: str) -> Parser:
+    parser = Parser(
         prog=program,
         description="Merge checkpoints by a configuration in mergekit's format.",
         epilog=NOTES,
@@ -86,19 +86,19 @@ def _parser(program: str) -> _Parser:
     add("--report", action="store_true", help="write report.json and report.html to OUT")
     add("--report-dir", metavar="FOLDER", type=Path, help="the same to another folder")
     add("--intermediate-dir", metavar="FOLDER", type=Path, help="keep the stages' results there")
-    add("--max-memory", metavar="SIZE", type=_bytes, help="such as 600MB (default: half of RAM)")
-    add("--out-shard-size", metavar="SIZE", type=_bytes, default=5 * 10**9, help="default 5GB")
+    add("--max-memory", metavar="SIZE", type=byte_size, help="such as 600MB (default: half of RAM)")
+    add("--out-shard-size", metavar="SIZE", type=byte_size, default=5 * 10**9, help="default 5GB")
     add("--seed", type=int, default=0, help="of the methods that draw random numbers (default 0)")
     add("--flavor", choices=("paper", "mergekit"), help="reading of methods that have two")
     add("--device", metavar="KIND", choices=("cpu", "gpu", "cuda", "tpu"), help="compute by JAX")
-    add("--jobs", type=_count, help="threads (default: the number of cores)")
+    add("--jobs", type=whole_number, help="threads (default: the number of cores)")
     add("--out-format", choices=("safetensors", "orbax"), default="safetensors")
     add("--allow-nonfinite", action="store_true", help="merge NaN and infinity, do not stop")
     add("--quiet", action="store_true", help="no progress, no summary")
     return parser
 
 
-def _bytes(text: str) -> int:
+def byte_size(text: str) -> int:
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kKMGT]?)(i?)[bB]?\s*", text)
     number = 0.0
     if match:
@@ -109,7 +109,7 @@ def _bytes(text: str) -> int:
     return int(number)
 
 
-def _count(text: str) -> int:
+def whole_number(text: str) -> int:
     if not text.isdigit() or not 1 <= int(text) <= 1024:
         raise argparse.ArgumentTypeError(f"{text!r} is no number of threads")
     return int(text)
@@ -121,7 +121,7 @@ def run(arguments: argparse.Namespace) -> int:
     Raises:
       ConfigError, OSError: one clear line.
     """
-    _prepare_process()
+    prepare_process()
     # Imported after the process is prepared: NumPy reads the environment when it is loaded.
     from lm.merging.session import Session
     from lm.merging.stages import read_stages
@@ -223,7 +223,7 @@ def _silent(_: str) -> None:
     pass
 
 
-def _prepare_process() -> None:
+def prepare_process() -> None:
     """Let threads multiply matrices one each, and let freed memory stay with the process."""
     # Several threads within one product would share its sums out differently: other last bits.
     for name in ("OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "OMP_NUM_THREADS"):

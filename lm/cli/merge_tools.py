@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from lm import exit_codes
-from lm.cli.merge import _bytes, _count, _explained, _Parser, _prepare_process
+from lm.cli.merge import Parser, byte_size, explained, prepare_process, whole_number
 
 __all__ = ["align", "evolve", "extract_lora", "upcycle"]
 
@@ -63,7 +63,7 @@ def upcycle(argv: Sequence[str] | None = None) -> NoReturn:
     add("config", metavar="CONFIG.yml", type=Path, help="the experts, and what routes to them")
     add("out", metavar="OUT", type=Path, help="folder of the mixture")
     add("--seed", type=int, default=0, help="of random routers and noise (default 0)")
-    add("--out-shard-size", metavar="SIZE", type=_bytes, default=5 * 10**9, help="default 5GB")
+    add("--out-shard-size", metavar="SIZE", type=byte_size, default=5 * 10**9, help="default 5GB")
     arguments = parser.parse_args(argv)
 
     def run(say: Callable[[str], None]) -> None:
@@ -95,12 +95,12 @@ def evolve(argv: Sequence[str] | None = None) -> NoReturn:
     add("--timeout", metavar="SECONDS", type=float, help="of one evaluation")
     add("--seed", type=int, default=0, help="of search and merges (default 0)")
     add("--flavor", choices=("paper", "mergekit"), help="reading of methods that have two")
-    add("--jobs", type=_count, help="threads of a merge (default: the number of cores)")
+    add("--jobs", type=whole_number, help="threads of a merge (default: the number of cores)")
     add("--quiet", action="store_true", help="no line per candidate")
     arguments = parser.parse_args(argv)
 
     def run(say: Callable[[str], None]) -> None:
-        _prepare_process()
+        prepare_process()
         from lm.merging.evolve import Search
         from lm.merging.evolve import evolve as search
 
@@ -125,7 +125,7 @@ def align(argv: Sequence[str] | None = None) -> NoReturn:
     add("reference", metavar="REFERENCE", help="stays as it is")
     add("model", metavar="MODEL", help="is permuted")
     add("out", metavar="OUT", type=Path, help="folder of the permuted model")
-    add("--out-shard-size", metavar="SIZE", type=_bytes, default=5 * 10**9, help="default 5GB")
+    add("--out-shard-size", metavar="SIZE", type=byte_size, default=5 * 10**9, help="default 5GB")
     arguments = parser.parse_args(argv)
 
     def run(say: Callable[[str], None]) -> None:
@@ -137,9 +137,9 @@ def align(argv: Sequence[str] | None = None) -> NoReturn:
     _leave(parser.prog, arguments, run)
 
 
-def _new(name: str, description: str, notes: str) -> _Parser:
+def _new(name: str, description: str, notes: str) -> Parser:
     program = Path(sys.argv[0]).name or name
-    return _Parser(prog=program, description=description, epilog=notes, allow_abbrev=False)
+    return Parser(prog=program, description=description, epilog=notes, allow_abbrev=False)
 
 
 def _leave(
@@ -156,7 +156,7 @@ def _leave(
     except Exception as error:
         if os.environ.get("ANISO_TRACEBACK"):
             raise
-        code, message = _explained(error)
+        code, message = explained(error)
         print(f"{program}: error: {message}", file=sys.stderr)
     sys.stdout.flush()
     sys.exit(code)
