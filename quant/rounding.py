@@ -92,8 +92,8 @@ def random_bits(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     """uint32 random numbers, each a hash of the key and of the element's index in the whole array.
 
     So every device computes its own, and a sharded array gets the same numbers as one on a single
-    device. JAX's Threefry has this property too, but on a CPU takes 70 times as long (0.08 s
-    against 0.001 s for 4M numbers on one core), more than the quantizer. Two rounds of the 32-bit
+    device. JAX's Threefry has this property too, but takes some 70 times as long on a CPU (measured
+    for 4M numbers), far longer than all of the quantizer. Two rounds of the 32-bit
     finalizer "lowbias32" (C. Wellons, hash-prospector), with a word of the key before each. Good
     enough to round with, not for cryptography; numbers repeat after 2**32 elements.
 
