@@ -47,8 +47,8 @@ def contenders(dtype):
         "optax.adamw": optax.adamw(rate, mu_dtype=dtype),
         "optax.contrib.muon": muon(),
         "spectra (1.5 %)": spectra(),
-        "spectra (25 %, factored, Nesterov)": spectra(
-            rank_ratio=0.25, nesterov=True, normalization="factored"
+        "spectra (auto to 25 %, factored, Nesterov)": spectra(
+            rank="auto", rank_ratio=0.25, nesterov=True, normalization="factored"
         ),
     }
 

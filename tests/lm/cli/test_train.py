@@ -93,7 +93,7 @@ def test_existing_run_is_refused(command, finished, tiny_run):
 def test_stop_signals_have_codes(command, tiny_run, tmp_path, monkeypatch):
     for kind, expected in ((signal.SIGTERM, 75), (signal.SIGINT, 130)):
 
-        def stepped(self, done, metrics, kind=kind):
+        def stepped(self, done, *metrics, kind=kind):
             if done == 1:
                 os.kill(os.getpid(), kind)
             return 0

@@ -35,10 +35,10 @@ def signal_at(monkeypatch):
     def arrange(step, kind):
         original = Reporter.step
 
-        def patched(self, done, metrics):
+        def patched(self, done, *metrics):
             if done == step:
                 os.kill(os.getpid(), kind)
-            return original(self, done, metrics)
+            return original(self, done, *metrics)
 
         monkeypatch.setattr(Reporter, "step", patched)
 
