@@ -135,7 +135,7 @@ def test_loss_falls_without_recompilation_and_the_rate_is_reported():
     assert losses[-1] < losses[0] - 0.3 and state.step == 8
 
 
-@pytest.mark.parametrize("name", ["adamw", "muon", "spectra"])
+@pytest.mark.parametrize("name", ["adamw", "muon"])
 def test_a_refused_step_leaves_everything_as_it_was(name):
     config = make_config(optim=OptimConfig(name=name, learning_rate=1e-2, warmup_steps=2))
     state, step = start(config)
@@ -237,7 +237,7 @@ def train(config, sizes, steps=10):
     return state, losses
 
 
-@pytest.mark.parametrize("name,micro_batches", [("adamw", 2), ("muon", 1), ("spectra", 1)])
+@pytest.mark.parametrize("name,micro_batches", [("adamw", 2), ("spectra", 1)])
 def test_eight_devices_train_like_one(name, micro_batches):
     config = make_config(
         optim=OptimConfig(name=name, learning_rate=5e-3, warmup_steps=2),
