@@ -22,6 +22,7 @@ from lm.train.config import RunConfig
 from lm.train.guard import init_guard
 from lm.train.loop import enable_compilation_cache
 from lm.train.optimizer import make_optimizer, make_schedule
+from lm.train.quantization import make_quantization
 from lm.train.state import TrainState
 from lm.train.step import make_eval_step, make_train_step
 
@@ -97,7 +98,9 @@ class Experiment:
             self.stores["valid"], config.batch_size, config.sequence_length, count
         )
         self.held_out = [jax.device_put(batch) for batch, _ in batches]
-        self._evaluate = jax.jit(make_eval_step(config))
+        self.quantization = make_quantization(config)
+        held_out = self.quantization and self.quantization.for_evaluation()
+        self._evaluate = jax.jit(make_eval_step(config, held_out))
         self._compiled: dict[Hashable, Callable] = {}
 
     def loader(self, seed: int) -> Loader:
@@ -113,7 +116,8 @@ class Experiment:
         """Fresh state of a seed."""
         params = model.init(self.config.model, jax.random.key(seed))
         zero = jnp.zeros((), jnp.int32)
-        return TrainState(zero, params, tx.init(params), init_guard(self.config.guard))
+        bases = self.quantization.init() if self.quantization else {}
+        return TrainState(zero, params, tx.init(params), init_guard(self.config.guard), bases)
 
     def evaluate(self, params) -> float:
         """Held-out loss, nats per token."""
@@ -183,7 +187,9 @@ class Experiment:
 
         def step(state, batch, peak):
             tx, schedule = self.optimizer(make_tx, peak)
-            make = make_step or (lambda tx, s: make_train_step(self.config, tx, s))
+            make = make_step or (
+                lambda tx, s: make_train_step(self.config, tx, s, self.quantization)
+            )
             return make(tx, schedule)(state, batch)
 
         init = jax.jit(lambda seed: self.init(self.optimizer(make_tx, 1.0)[0], seed))

@@ -9,6 +9,11 @@
 True
 """
 
+from quant.diagnostics import NAMES as NAMES
+from quant.diagnostics import measure as measure
+from quant.dot_general import DotGeneral as DotGeneral
+from quant.dot_general import dot_general as dot_general
+from quant.dot_general import init_state as init_state
 from quant.formats import E2M1 as E2M1
 from quant.formats import E4M3 as E4M3
 from quant.formats import E5M2 as E5M2
@@ -22,8 +27,20 @@ from quant.hadamard import TE_SIGNS as TE_SIGNS
 from quant.hadamard import hadamard as hadamard
 from quant.hadamard import inverse_hadamard as inverse_hadamard
 from quant.hadamard import random_signs as random_signs
+from quant.linear import Bases as Bases
 from quant.qarray import QArray as QArray
 from quant.quantize import dequantize as dequantize
 from quant.quantize import fake_quant as fake_quant
 from quant.quantize import quantize as quantize
+from quant.quantize import quantize_values as quantize_values
+from quant.recipe import LowRank as LowRank
+from quant.recipe import Mean as Mean
+from quant.recipe import Operand as Operand
+from quant.recipe import Recipe as Recipe
+from quant.recipes import RECIPES as RECIPES
+from quant.recipes import get_recipe as get_recipe
+from quant.rounding import Seed as Seed
 from quant.rounding import fold_key as fold_key
+from quant.rounding import fold_seed as fold_seed
+from quant.rules import NVIDIA as NVIDIA
+from quant.rules import Rules as Rules

@@ -24,7 +24,7 @@ from jax import lax
 
 from quant.formats import Format, check_input
 from quant.qarray import QArray, load_elements, load_scales, store_elements, store_scales
-from quant.rounding import random_bits, round_nearest, round_stochastic
+from quant.rounding import Key, random_bits, round_nearest, round_stochastic
 from quant.scales import scale_to_grid
 
 Rounding = Literal["nearest", "stochastic"]
@@ -36,7 +36,7 @@ def quantize(
     *,
     axis: int,
     rounding: Rounding = "nearest",
-    key: jax.Array | None = None,
+    key: Key | None = None,
     block_2d: bool = False,
     sr_headroom: float | None = None,
 ) -> QArray:
@@ -116,7 +116,7 @@ def fake_quant(
     *,
     axis: int,
     rounding: Rounding = "nearest",
-    key: jax.Array | None = None,
+    key: Key | None = None,
     block_2d: bool = False,
     sr_headroom: float | None = None,
 ) -> jax.Array:
@@ -136,6 +136,29 @@ def fake_quant(
     x = jnp.asarray(x)
     plan = _Plan.of(x, fmt, axis, rounding, key, block_2d, sr_headroom, "fake_quant")
     return _straight_through(x, _fake(x, key, plan))
+
+
+def quantize_values(
+    x: jax.Array,
+    fmt: Format,
+    *,
+    axis: int,
+    rounding: Rounding = "nearest",
+    key: Key | None = None,
+    block_2d: bool = False,
+    sr_headroom: float | None = None,
+) -> tuple[jax.Array, jax.Array | None]:
+    """What `fake_quant` gives, with the tensor scale apart: an operand for a product.
+
+    Arguments and errors are those of `quantize`; no gradient flows through.
+
+    Returns:
+      values of x's shape, element * block scale: bfloat16, where they are exact (at most six
+        significant bits), or float32 for a format with unrounded scales;
+      tensor scale, float32 scalar, or None for 1.
+    """
+    plan = _Plan.of(x, fmt, axis, rounding, key, block_2d, sr_headroom, "quantize_values")
+    return _values(x, key, plan)
 
 
 @jax.custom_jvp
@@ -223,7 +246,7 @@ class _Plan(NamedTuple):
 
 # Compiled as one each: called op by op, a new shape would compile some sixty small programs.
 @functools.partial(jax.jit, static_argnums=2)
-def _store(x: jax.Array, key: jax.Array | None, plan: _Plan):
+def _store(x: jax.Array, key: Key | None, plan: _Plan):
     fmt, blocks, _ = plan
     elements, scales, tensor_scale = _quantize(x, key, plan)
     if scales is not None:
@@ -233,7 +256,16 @@ def _store(x: jax.Array, key: jax.Array | None, plan: _Plan):
 
 
 @functools.partial(jax.jit, static_argnums=2)
-def _fake(x: jax.Array, key: jax.Array | None, plan: _Plan) -> jax.Array:
+def _values(x: jax.Array, key: Key | None, plan: _Plan):
+    result, scales, tensor_scale = _quantize(x, key, plan)
+    if scales is not None:
+        result = result * scales
+    exact = jnp.float32 if plan.fmt.scale == "f32" else jnp.bfloat16
+    return plan.blocks.join(result.astype(exact)), tensor_scale
+
+
+@functools.partial(jax.jit, static_argnums=2)
+def _fake(x: jax.Array, key: Key | None, plan: _Plan) -> jax.Array:
     result, scales, tensor_scale = _quantize(x, key, plan)
     if scales is not None:
         result = result * scales
@@ -257,7 +289,7 @@ def _load(q: QArray, dtype: np.dtype) -> jax.Array:
 
 
 def _quantize(
-    x: jax.Array, key: jax.Array | None, plan: _Plan
+    x: jax.Array, key: Key | None, plan: _Plan
 ) -> tuple[jax.Array, jax.Array | None, jax.Array | None]:
     """Float32 grid numbers cut into blocks; scales, of length 1 inside a block; tensor scale."""
     fmt, blocks, headroom = plan

@@ -5,6 +5,7 @@ pair of casts under jit, and NaN cast to E2M1 is -0.
 """
 
 import zlib
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -88,7 +89,49 @@ def decode_e2m1(code: jax.Array) -> jax.Array:
     return float_of(bits | ((code & np.uint32(8)) << np.uint32(28)))
 
 
-def random_bits(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+class Seed(NamedTuple):
+    """A random key as two uint32 words that are cheap to fold numbers into.
+
+    A few integer operations where `jax.random.fold_in` is a Threefry loop: a linear layer has some
+    twenty draws, and as many loops would dominate its compile time. Quality is that of
+    `random_bits`: for rounding and random projections.
+    """
+
+    a: jax.Array
+    b: jax.Array
+
+
+Key = jax.Array | Seed
+"""A JAX random key, or a `Seed` made from one."""
+
+
+def seed_of(key: Key) -> Seed:
+    """The seed of a JAX random key of any kind; of a seed, itself."""
+    if isinstance(key, Seed):
+        return key
+    word = jax.random.bits(key, (2,), jnp.uint32)
+    return Seed(word[0], word[1])
+
+
+def fold_seed(key: Key, *data: int | str | jax.Array) -> Seed:
+    """The seed for what `data` names, and for nothing else.
+
+    Args:
+      key: a seed or a JAX key.
+      data: numbers, possibly traced, or names.
+    """
+    seed = seed_of(key)
+    for part in data:
+        # crc32 and not hash(): the same in every process.
+        number = zlib.crc32(part.encode()) if isinstance(part, str) else part
+        if isinstance(number, int):
+            number = np.uint32(number % 2**32)
+        word = _mix(jnp.asarray(number).astype(jnp.uint32) + np.uint32(0x9E3779B9))
+        seed = Seed(_mix(seed.a ^ word), _mix(seed.b + word))
+    return seed
+
+
+def random_bits(key: Key, shape: tuple[int, ...]) -> jax.Array:
     """uint32 random numbers, each a hash of the key and of the element's index in the whole array.
 
     So every device computes its own, and a sharded array gets the same numbers as one on a single
@@ -98,10 +141,10 @@ def random_bits(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     enough to round with, not for cryptography; numbers repeat after 2**32 elements.
 
     Args:
-      key: a JAX random key of any kind.
+      key: a JAX random key of any kind, or a `Seed`.
       shape: of the array.
     """
-    word = jax.random.bits(key, (2,), jnp.uint32)
+    word = seed_of(key)
     index, stride = jnp.zeros(shape, jnp.uint32), 1
     for axis in reversed(range(len(shape))):
         here = lax.broadcasted_iota(jnp.uint32, shape, axis)

@@ -103,7 +103,7 @@ def _run(args: EvaluateArgs) -> str:
     from lm.train.load import load_run
     from lm.train.loop import enable_compilation_cache
     from lm.train.metrics import jsonable
-    from lm.train.quantization import make_plug
+    from lm.train.quantization import make_quantization
     from lm.train.step import make_eval_step
 
     enable_compilation_cache()
@@ -121,7 +121,9 @@ def _run(args: EvaluateArgs) -> str:
             f"sequence_length {length} exceeds the model's max_context {config.model.max_context}"
         )
     mesh = sharding.make_mesh({"data": 1})
-    step = jax.jit(make_eval_step(config, make_plug(config.quant)))
+    quantization = make_quantization(config)
+    plug = quantization and quantization.for_evaluation()
+    step = jax.jit(make_eval_step(config, plug))
     began = time.monotonic()
     with jax.set_mesh(mesh):
         params = jax.device_put(run.params, sharding.replicated(mesh))

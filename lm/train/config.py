@@ -177,7 +177,17 @@ class QuantConfig:
     """Low-precision arithmetic of the linear layers."""
 
     recipe: str = "none"
-    """A registered recipe (`lm.train.quantization.RECIPES`); none multiplies in model.dtype."""
+    """A recipe of `quant.RECIPES`, such as nvidia or metis_mean; none multiplies in model.dtype."""
+    high: tuple[str, ...] = ("head", "*router*")
+    """Shell patterns of the products that stay in high precision."""
+    keep_first: int = 0
+    """The first so many blocks stay in high precision."""
+    keep_last: float = 0.0
+    """The last so many blocks stay in high precision; below 1 a share of all (NVIDIA: 0.15)."""
+    refresh: int = 0
+    """Metis: steps between new bases; 0 leaves it to the recipe."""
+    evaluate: Literal["quantized", "high"] = "quantized"
+    """Products of evaluations: those of training, or in model.dtype."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -267,10 +277,14 @@ class LogConfig:
     """Show a progress bar."""
     spectra: int = 0
     """Steps between rows that describe the spectra of weights and momenta; 0 writes none."""
+    quant: int = 0
+    """Steps between rows that describe what quantization does to each layer; 0 writes none."""
 
     def __post_init__(self):
         check_positive(self, "every")
-        check(self.spectra >= 0, f"log.spectra must be 0 or more, got {self.spectra}")
+        for name in ("spectra", "quant"):
+            every = getattr(self, name)
+            check(every >= 0, f"log.{name} must be 0 or more, got {every}")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

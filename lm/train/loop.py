@@ -27,7 +27,8 @@ from lm.train.folder import RunFolder
 from lm.train.modular import Refresher, make_run_optimizer
 from lm.train.multitask import with_tasks
 from lm.train.profiler import Profiler
-from lm.train.quantization import make_plug
+from lm.train.quant_log import QuantLog
+from lm.train.quantization import make_quantization
 from lm.train.report import Reporter
 from lm.train.signals import StopSignals
 from lm.train.spectrum_log import SpectrumLog
@@ -65,14 +66,15 @@ class Trainer:
         self.mesh = sharding.make_mesh(dataclasses.asdict(config.mesh))
         sharding.check_mesh(config.model, config.batch_size, config.micro_batches, self.mesh)
         self.tx, self.schedule = make_run_optimizer(config)
-        self.plug = make_plug(config.quant)
+        self.quantization = make_quantization(config)
+        held_out = self.quantization and self.quantization.for_evaluation()
         self.abstract = abstract_state(config, self.tx, self.mesh)
         self.batch_sharding = sharding.batch_sharding(self.mesh)
-        step = make_train_step(config, self.tx, self.schedule, self.plug)
+        step = make_train_step(config, self.tx, self.schedule, self.quantization)
         everywhere = sharding.replicated(self.mesh)
         shardings = jax.tree.map(lambda leaf: leaf.sharding, self.abstract)
         self.train_step = jax.jit(step, donate_argnums=0, out_shardings=(shardings, everywhere))
-        self.eval_step = jax.jit(make_eval_step(config, self.plug), out_shardings=everywhere)
+        self.eval_step = jax.jit(make_eval_step(config, held_out), out_shardings=everywhere)
         self._check_step(config)
         tokenizer = load_tokenizer(config.data.tokenizer)
         if tokenizer.vocab_size > config.model.vocab_size:
@@ -129,8 +131,9 @@ class Trainer:
             seed=config.seed,
             sources=config.optim.tasks > 0,
         )
-        self.refresher = Refresher(config, self.loader, self.mesh, self.plug)
+        self.refresher = Refresher(config, self.loader, self.mesh, self.quantization)
         self.spectra = SpectrumLog(config)
+        self.quant_log = QuantLog(config, self.quantization)
         if not self.folder.resuming:
             self.folder.write_config()
         self.checkpoints = Checkpoints(
@@ -282,6 +285,7 @@ def _run(trainer: Trainer, reporter: Reporter) -> None:
             occasional = {}
             if refresher.due(step):
                 trainer.state, occasional = refresher.refresh(trainer.state, step)
+            occasional |= trainer.quant_log.measure(trainer.state, batch, step)
             before = spectra.before(trainer.state, step)
             trainer.state, metrics = trainer.train_step(trainer.state, batch)
             occasional |= spectra.after(trainer.state, step, before)

@@ -6,6 +6,7 @@ checkpoint holds it, and a refresh is a pure function of the state, the seed and
 """
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -17,13 +18,13 @@ import optim
 from lm import model
 from lm.config import ConfigError, ModelConfig
 from lm.data import to_global
-from lm.layers.linear import Plug
 from lm.layers.skip import bucket_sizes
 from lm.sharding import replicated
 from lm.train.config import RunConfig
 from lm.train.flops import MLP_MATRICES, mean_keys
 from lm.train.guard import GuardState
 from lm.train.optimizer import make_optimizer
+from lm.train.quantization import Products, plug_at
 from lm.train.state import TrainState
 
 
@@ -124,11 +125,11 @@ def _forward_flops(config: ModelConfig, length: int):
 class Refresher:
     """Chooses the active modules anew between steps; does nothing for other optimizers."""
 
-    def __init__(self, config: RunConfig, loader: Any, mesh: Any, plug: Plug | None = None):
+    def __init__(self, config: RunConfig, loader: Any, mesh: Any, products: Products = None):
         self._config, self._mat = config, config.mat
         self._loader, self._sharding = loader, replicated(mesh)
         self._compiled = None
-        refresh = make_refresh(config, plug)
+        refresh = make_refresh(config, products)
 
         def run(params, policy, guard, probes, step):
             new, metrics = refresh(params, policy, probes, step)
@@ -186,11 +187,11 @@ def forget_norms(config: RunConfig, guard: GuardState, before: dict, after: dict
     return guard._replace(accepted=jnp.where(restart, 0, guard.accepted))
 
 
-def make_refresh(config: RunConfig, plug: Plug | None = None):
+def make_refresh(config: RunConfig, products: Products = None):
     """The pure function (params, MatState, probes, step) -> (MatState, metrics)."""
     mat = config.mat
 
-    def output(params, probe):
+    def output(plug, params, probe):
         tokens, segment_ids, positions = (
             probe[name][None] for name in ("tokens", "segment_ids", "positions")
         )
@@ -203,7 +204,8 @@ def make_refresh(config: RunConfig, plug: Plug | None = None):
         return optim.logit_projection(logits, jax.random.key(config.seed))
 
     def refresh(params, state, probes, step):
-        grams = optim.modular_ntk(output, params, probes, modules(config), chunk=mat.chunk)
+        at_step = functools.partial(output, plug_at(products, step))
+        grams = optim.modular_ntk(at_step, params, probes, modules(config), chunk=mat.chunk)
         values = optim.principal_eigenvalues(grams)
         key = None
         if mat.rule == "random":

@@ -1,25 +1,156 @@
-"""From `QuantConfig` to the plug that chooses each linear layer's product.
+"""Quantized products in training: from `QuantConfig` to a `Plug` for every step.
 
-A new recipe is one row in `RECIPES`: a function of the configuration that returns a
-`lm.layers.linear.Plug`, or None for the plain product in model.dtype.
+A plug holds what one step needs: the key of the step for stochastic rounding, the bases that some
+recipes keep between steps, and, when measuring, a place for the numbers. Bases and numbers leave
+the backward pass as gradients of those arguments (see `quant.dot_general`).
 """
 
-import difflib
-from collections.abc import Callable
+import dataclasses
+from typing import Any
 
+import jax
+import jax.numpy as jnp
+
+import quant
+from lm import model
 from lm.config import ConfigError
-from lm.layers.linear import Plug
-from lm.train.config import QuantConfig
+from lm.layers.linear import Plug, Site
+from lm.train.config import RunConfig
 
-RECIPES: dict[str, Callable[[QuantConfig], Plug | None]] = {"none": lambda config: None}
+Bases = dict[str, quant.Bases]
+"""By the name of a site, stacked over layers."""
 
 
-def make_plug(config: QuantConfig) -> Plug | None:
-    """The plug of a recipe; an unknown name is a ConfigError that lists the known ones."""
-    if config.recipe not in RECIPES:
-        near = difflib.get_close_matches(config.recipe, RECIPES, 1)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
-        raise ConfigError(
-            f"quant.recipe must be one of {', '.join(RECIPES)}, got {config.recipe!r}{hint}"
+class Quantization:
+    """The quantized products of a run."""
+
+    def __init__(self, config: RunConfig):
+        """Raises ConfigError for an unknown recipe or what the run cannot combine."""
+        try:
+            recipe = quant.get_recipe(config.quant.recipe)
+            self.rules = quant.Rules(
+                config.quant.high, config.quant.keep_first, config.quant.keep_last
+            )
+        except ValueError as error:
+            raise ConfigError(f"quant: {error}") from error
+        if config.quant.refresh:
+            if recipe.low_rank is None:
+                raise ConfigError(
+                    f"quant.refresh is {config.quant.refresh}, but recipe {recipe.name} has no "
+                    "bases to renew: leave it at 0"
+                )
+            low_rank = dataclasses.replace(recipe.low_rank, refresh=config.quant.refresh)
+            recipe = dataclasses.replace(recipe, low_rank=low_rank)
+        if recipe.needs_state and config.optim.tasks:
+            raise ConfigError(
+                "optim.name adatask has one backward pass for each source, which would each renew "
+                "the bases of the quantization: set --quant.refresh 1"
+            )
+        self.recipe = recipe
+        self._config = config
+
+    def init(self) -> Bases:
+        """Empty bases; {} if the recipe keeps none."""
+        if not self.recipe.needs_state:
+            return {}
+        tokens = self._tokens
+        bases = {
+            name: quant.init_state(self.recipe, tokens, *shape)
+            for name, shape in self.sites().items()
+            if name.startswith("layers.")
+        }
+        count = self._config.model.num_layers
+        stack = lambda leaf: jnp.zeros((count, *leaf.shape), leaf.dtype)  # noqa: E731
+        return {name: jax.tree.map(stack, b) for name, b in bases.items() if b}
+
+    def probes(self) -> dict[str, jax.Array]:
+        """Zeros to be differentiated with respect to: a row of `quant.NAMES` for each layer."""
+        count, width = self._config.model.num_layers, len(quant.NAMES)
+        return {
+            name: jnp.zeros((count, width), jnp.float32)
+            for name in self.sites()
+            if name.startswith("layers.")
+        }
+
+    @property
+    def _tokens(self) -> int:
+        config = self._config
+        return config.batch_size // config.micro_batches * config.sequence_length
+
+    def sites(self) -> dict[str, tuple[int, int]]:
+        """Name and weight shape of every product that the rules leave to be quantized."""
+        found: dict[str, tuple[int, int]] = {}
+
+        def record(site: Site):
+            def dot_general(x, w, dims, **_):
+                found[site.name] = w.shape
+                return jax.lax.dot_general(x, w, dims)
+
+            return dot_general if self.rules.quantized(site.name) else None
+
+        config = self._config
+        shape = config.batch_size // config.micro_batches, config.sequence_length
+        tokens = jax.ShapeDtypeStruct(shape, jnp.int32)
+        params = model.abstract_params(config.model)
+        jax.eval_shape(
+            lambda params, tokens: model.hidden(config.model, params, tokens, plug=record),
+            params,
+            tokens,
         )
-    return RECIPES[config.recipe](config)
+        return found
+
+    def at(
+        self,
+        step: jax.Array | int,
+        micro: jax.Array | int = 0,
+        *,
+        bases: Bases | None = None,
+        probes: dict[str, jax.Array] | None = None,
+    ) -> Plug:
+        """The products of one step.
+
+        Args:
+          step: number of the step; with the seed and the site it makes the key.
+          micro: number of the micro-batch.
+          bases: those kept, stacked over layers.
+          probes: from `probes`, to be differentiated.
+        """
+        config = self._config
+        seed = quant.fold_seed(jax.random.key(config.seed), step, micro)
+        blocks = config.model.num_layers
+
+        def plug(site: Site):
+            enabled = self.rules.quantized(site.name, site.layer, blocks)
+            if enabled is False:
+                return None
+            layer = 0 if site.layer is None else site.layer
+            mine = lambda tree: jax.tree.map(lambda leaf: leaf[layer], tree)  # noqa: E731
+            state = mine(bases[site.name]) if bases and site.name in bases else None
+            return quant.dot_general(
+                self.recipe,
+                key=quant.fold_seed(seed, site.name, layer),
+                state=state,
+                step=step,
+                enabled=enabled,
+                probe=probes[site.name][layer] if probes and site.name in probes else None,
+            )
+
+        return plug
+
+    def for_evaluation(self) -> Plug | None:
+        """The products of an evaluation, the same at every one; None for high precision."""
+        return self.at(0) if self._config.quant.evaluate == "quantized" else None
+
+
+def make_quantization(config: RunConfig) -> Quantization | None:
+    """The quantization that `config.quant` asks for; None multiplies in model.dtype."""
+    return None if config.quant.recipe == "none" else Quantization(config)
+
+
+Products = Plug | Quantization | None
+"""What a training step multiplies with: always the same, or another plug at each step."""
+
+
+def plug_at(products: Products, *args: Any, **kwargs: Any) -> Plug | None:
+    """The plug of a step; arguments as in `Quantization.at`."""
+    return products.at(*args, **kwargs) if isinstance(products, Quantization) else products

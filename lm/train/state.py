@@ -13,6 +13,7 @@ from lm import model
 from lm.sharding import replicated
 from lm.train.config import RunConfig
 from lm.train.guard import GuardState, init_guard
+from lm.train.quantization import make_quantization
 from lm.train.stacked import SPECTRAL, layer_sharding
 
 
@@ -25,6 +26,8 @@ class TrainState:
     params: model.Params
     opt_state: Any
     guard: GuardState
+    quant: Any = dataclasses.field(default_factory=dict)
+    """Bases that a quantization recipe keeps between steps (`lm.train.quantization`)."""
 
 
 def init_state(config: RunConfig, tx: optax.GradientTransformation) -> TrainState:
@@ -35,6 +38,7 @@ def init_state(config: RunConfig, tx: optax.GradientTransformation) -> TrainStat
         params=params,
         opt_state=tx.init(params),
         guard=init_guard(config.guard),
+        quant=quantization.init() if (quantization := make_quantization(config)) else {},
     )
 
 
@@ -75,6 +79,7 @@ def state_shardings(config: RunConfig, tx: optax.GradientTransformation, mesh: M
         params=model.shardings(config.model, mesh),
         opt_state=opt_state,
         guard=jax.tree.map(lambda _: everywhere, abstract.guard),
+        quant=jax.tree.map(lambda _: everywhere, abstract.quant),
     )
 
 

@@ -15,6 +15,7 @@ from lm.train.config import RunConfig
 from lm.train.guard import judge
 from lm.train.modular import branch_flags, step_metrics
 from lm.train.multitask import dominance, make_task_gradient, summed
+from lm.train.quantization import Products, plug_at
 from lm.train.state import TrainState
 
 Batch = dict[str, jax.Array]
@@ -57,16 +58,20 @@ def make_train_step(
     config: RunConfig,
     tx: optax.GradientTransformation,
     schedule: optax.Schedule,
-    plug: Plug | None = None,
+    products: Products = None,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
     """The pure function (state, batch) -> (state, metrics), to be jitted with `state` donated.
 
     The loss is the mean over all target tokens of the global batch. With micro-batches, each
     part's gradient is scaled by the whole batch's token count and the parts are added in f32, so
     the result is the big batch's however the tokens are spread over the parts.
+
+    `products`: of the linear layers, see `lm.train.quantization`.
     """
 
-    def loss_fn(params, batch, tokens, active):
+    def loss_fn(differentiated, batch, tokens, active, step, micro=0):
+        params, bases = differentiated
+        plug = plug_at(products, step, micro, bases=bases)
         total, auxiliary = loss_sum(config, params, batch, plug, active)
         loss = total / tokens
         extra = sum(
@@ -76,41 +81,47 @@ def make_train_step(
         # Layer losses are means over tokens already: average them over the micro-batches.
         return loss + extra / config.micro_batches, (loss, auxiliary)
 
+    # The "gradient" of the bases is the new bases.
     grad_fn = jax.value_and_grad(loss_fn, has_aux=True)
 
-    def gradient(params, batch, active):
+    def gradient(params, bases, batch, active, step):
         tokens = jnp.maximum(jnp.sum(batch["weights"]), 1.0)
         if config.micro_batches == 1:
-            (_, (loss, auxiliary)), grads = grad_fn(params, batch, tokens, active)
-            return loss, grads, auxiliary
+            (_, (loss, auxiliary)), grads = grad_fn((params, bases), batch, tokens, active, step)
+            return loss, *grads, auxiliary
 
         # Micro-batch m takes rows m, m + M, ...: every device splits the rows it holds already.
         def split(x):
             x = x.reshape(-1, config.micro_batches, *x.shape[1:])
             return jnp.swapaxes(x, 0, 1)
 
-        def accumulate(carry, micro):
-            (_, (loss, auxiliary)), grads = grad_fn(params, micro, tokens, active)
-            grads = jax.tree.map(lambda total, g: total + g.astype(total.dtype), carry[1], grads)
-            return (carry[0] + loss, grads), auxiliary
+        def accumulate(carry, indexed):
+            (total_loss, total, bases), (micro, index) = carry, indexed
+            (_, (loss, auxiliary)), (grads, bases) = grad_fn(
+                (params, bases), micro, tokens, active, step, index
+            )
+            total = jax.tree.map(lambda total, g: total + g.astype(total.dtype), total, grads)
+            return (total_loss + loss, total, bases), auxiliary
 
         zeros = jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), params)
-        start = (jnp.zeros((), jnp.float32), zeros)
-        (loss, grads), auxiliary = jax.lax.scan(accumulate, start, jax.tree.map(split, batch))
+        start = (jnp.zeros((), jnp.float32), zeros, bases)
+        parts = jax.tree.map(split, batch), jnp.arange(config.micro_batches)
+        (loss, grads, bases), auxiliary = jax.lax.scan(accumulate, start, parts)
         grads = jax.tree.map(lambda g, p: g.astype(p.dtype), grads, params)
-        return loss, grads, jax.tree.map(lambda x: jnp.mean(x, axis=0), auxiliary)
+        return loss, grads, bases, jax.tree.map(lambda x: jnp.mean(x, axis=0), auxiliary)
 
     tasks = config.optim.tasks
-    if tasks:
-        per_task = make_task_gradient(config, functools.partial(loss_sum, config, plug=plug))
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         extra = {}
+        bases = state.quant
         if tasks:
+            total = functools.partial(loss_sum, config, plug=plug_at(products, state.step))
+            per_task = make_task_gradient(config, total)
             loss, grads, auxiliary, extra["present"] = per_task(state.params, batch)
         else:
             active = branch_flags(config, state.opt_state)
-            loss, grads, auxiliary = gradient(state.params, batch, active)
+            loss, grads, bases, auxiliary = gradient(state.params, bases, batch, active, state.step)
         norms = group_norms(summed(grads) if tasks else grads)
         grad_norm = total_norm(norms)
         ok, guard = judge(config.guard, state.guard, loss, grad_norm)
@@ -122,6 +133,7 @@ def make_train_step(
         keep = lambda new, old: jnp.where(ok, new, old)  # noqa: E731
         params = jax.tree.map(keep, params, state.params)
         opt_state = jax.tree.map(keep, opt_state, state.opt_state)
+        bases = jax.tree.map(keep, bases, state.quant)
         update_norms = group_norms(updates)
         param_norms = group_norms(params)
         metrics = {
@@ -140,7 +152,7 @@ def make_train_step(
             **dominance(config, opt_state),
             **step_metrics(config, opt_state),
         }
-        return TrainState(state.step + 1, params, opt_state, guard), metrics
+        return TrainState(state.step + 1, params, opt_state, guard, bases), metrics
 
     return step
 
