@@ -1,40 +1,19 @@
 """What a decoder is: one frozen, hashable, validated dataclass.
 
-`ModelConfig` covers Llama 2/3, Mistral, Qwen2, Qwen3 and GPT-style sizes. It imports neither JAX
-nor Flax, so reading or checking a configuration costs nothing.
+`ModelConfig` covers Llama 2/3, Mistral, Qwen2, Qwen3, Gemma 2/3, OLMo 2 and GPT-2 (`lm.hf`). It
+imports neither JAX nor Flax, so reading or checking a configuration costs nothing.
 """
 
 import dataclasses
 import math
-from typing import Any, Literal
+from typing import Literal
+
+from lm.checks import ConfigError as ConfigError
+from lm.checks import check as check
+from lm.checks import check_positive as check_positive
+from lm.config_moe import MoEConfig
 
 DTYPES = ("float32", "bfloat16", "float16")
-
-
-class ConfigError(ValueError):
-    """A configuration value that cannot work; the message names the value and the remedy."""
-
-
-def check(condition: bool, message: str) -> None:
-    """Raise `ConfigError(message)` unless `condition` holds."""
-    if not condition:
-        raise ConfigError(message)
-
-
-def check_positive(config: Any, *names: str) -> None:
-    """Raise `ConfigError` unless each named field of `config` is a number above zero."""
-    for name in names:
-        value = getattr(config, name)
-        good = isinstance(value, (int, float)) and not isinstance(value, bool)
-        check(
-            good and math.isfinite(value) and value > 0,
-            f"{type(config).__name__}.{name} must be above 0, got {value!r}",
-        )
-        whole = type(config).__dataclass_fields__[name].type in (int, int | None)
-        check(
-            isinstance(value, int) or not whole,
-            f"{type(config).__name__}.{name} must be a whole number, got {value!r}",
-        )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -80,8 +59,72 @@ class RopeScaling:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class AdapterConfig:
+    """Small trained parts beside frozen projections (`lm.layers.adapters`)."""
+
+    kind: Literal["none", "lora", "loramoe", "head_wise", "multi_head"] = "none"
+    """lora: one low-rank pair. loramoe: several behind a router. head_wise: routers and pairs of
+    their own for each slice of the input (arXiv 2602.12587). multi_head: one router for parts of
+    the low-rank states (after arXiv 2404.15045). none trains the model itself."""
+    rank: int = 8
+    """Rank of the pair, with lora. The other kinds get the ranks with which as many parameters
+    work on a token (`moe.matched_ranks`); multi_head has this one."""
+    alpha: float = 32.0
+    """What an adapter adds is scaled by alpha / its rank."""
+    targets: tuple[str, ...] = ("gate", "up", "down")
+    """Projections that get one: query, key, value, out (of attention), gate, up, down."""
+    heads: int = 4
+    """head_wise, multi_head: slices."""
+    experts: int = 4
+    """Experts behind each router."""
+    top_k: int = 1
+    """Experts that work on a token (on a slice of it)."""
+
+    def __post_init__(self):
+        kinds = ("none", "lora", "loramoe", "head_wise", "multi_head")
+        check(
+            self.kind in kinds,
+            f"model.adapter.kind must be one of {', '.join(kinds)}, got {self.kind!r}",
+        )
+        object.__setattr__(self, "targets", tuple(self.targets))
+        read = {"kind"}
+        read |= {"rank", "alpha", "targets"} if self.kind != "none" else set()
+        read |= {"experts", "top_k"} if self.kind not in ("none", "lora") else set()
+        read |= {"heads"} if self.kind in ("head_wise", "multi_head") else set()
+        for field in dataclasses.fields(self):
+            check(
+                field.name in read or getattr(self, field.name) == field.default,
+                f"model.adapter.{field.name} is given, which adapters of kind {self.kind!r} do not "
+                "have: set model.adapter.kind",
+            )
+        for name in ("rank", "heads", "experts", "top_k"):
+            value = getattr(self, name)
+            check(
+                type(value) is int and value > 0,
+                f"model.adapter.{name} must be a whole number above 0, got {value!r}",
+            )
+        check(
+            math.isfinite(self.alpha) and self.alpha > 0,
+            f"model.adapter.alpha must be above 0, got {self.alpha}",
+        )
+        check(
+            self.top_k <= self.experts,
+            f"model.adapter.top_k ({self.top_k}) exceeds model.adapter.experts ({self.experts})",
+        )
+        check(
+            self.kind != "multi_head" or self.rank % self.heads == 0,
+            f"model.adapter.rank ({self.rank}) must be a multiple of model.adapter.heads "
+            f"({self.heads}) for kind multi_head",
+        )
+        check(
+            len(self.targets) > 0 and len(set(self.targets)) == len(self.targets),
+            f"model.adapter.targets must name each projection once, got {self.targets}",
+        )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    """A decoder-only transformer with RMSNorm, rotary embedding and grouped-query attention."""
+    """A decoder-only transformer; by default with pre-RMSNorm, rotary embedding, SwiGLU."""
 
     vocab_size: int = 32_000
     """Rows of the embedding. May exceed the tokenizer's size (rounding up helps sharding)."""
@@ -96,17 +139,39 @@ class ModelConfig:
     d_ff: int = 2048
     """Hidden width of the MLP."""
     mlp: str = "swiglu"
-    """Registered MLP kind (`lm.layers.mlp.MLPS`): "swiglu", "gelu", or an expert layer."""
+    """Registered MLP kind (`lm.layers.mlp.MLPS`): "swiglu", "gelu", "geglu", or "moe", which `moe`
+    below describes."""
+    moe: MoEConfig = MoEConfig()
+    """Expert layers."""
     max_context: int = 4096
     """Longest sequence the model is meant for, in tokens."""
     norm_eps: float = 1e-5
     rope_theta: float = 10_000.0
     rope_scaling: RopeScaling | None = None
+    rope_theta_local: float | None = None
+    """Rotary base of "sliding" layers, which rope_scaling then leaves alone (Gemma 3); None is
+    rope_theta and its scaling."""
+    positions: Literal["rotary", "learned"] = "rotary"
+    """How a token's position enters: by rotating queries and keys, or by an embedding with
+    max_context rows that is added to the tokens' (GPT-2)."""
+    norm: Literal["rms", "layer"] = "rms"
+    """rms: x / rms(x) * w. layer: (x - mean) / std * w + b (GPT-2)."""
+    norm_position: Literal["pre", "post", "both"] = "pre"
+    """Where a branch has its norms: before it; behind it, before the residual sum (OLMo 2); or
+    both (Gemma 2)."""
+    norm_unit_offset: bool = False
+    """The factor of an RMSNorm is 1 + w (Gemma)."""
     qk_norm: bool = False
     """RMSNorm on each query and key head before the rotary embedding (Qwen3)."""
+    qk_norm_full: bool = False
+    """With qk_norm: one norm over all query heads together and one over all key heads (OLMo 2)."""
     qkv_bias: bool = False
     """Biases on the query, key and value projections (Qwen2)."""
     attention_out_bias: bool = False
+    query_pre_attn_scalar: float | None = None
+    """Attention scores are divided by the square root of this; None is head_dim (Gemma)."""
+    attention_soft_cap: float | None = None
+    """Attention scores become cap * tanh(scores / cap) (Gemma 2)."""
     mlp_bias: bool = False
     sliding_window: int | None = None
     """Tokens that a "sliding" layer attends to, itself included; None means all."""
@@ -114,6 +179,8 @@ class ModelConfig:
     """Kinds of attention, repeated over the layers; () means "sliding" everywhere if
     sliding_window is set, else "full"."""
     tie_embeddings: bool = False
+    embedding_scale: bool = False
+    """The tokens' embeddings are multiplied by sqrt(d_model) (Gemma)."""
     logit_soft_cap: float | None = None
     """logits become cap * tanh(logits / cap)."""
     init_std: float = 0.02
@@ -131,12 +198,15 @@ class ModelConfig:
     """Attention implementation by name (`lm.layers.attention`); None picks for the device."""
     loss: str | None = None
     """Cross-entropy implementation by name (`lm.loss`); None picks for the device."""
+    adapter: AdapterConfig = AdapterConfig()
+    """What is trained beside frozen projections."""
 
     def __post_init__(self):
         if self.num_kv_heads is None:
             object.__setattr__(self, "num_kv_heads", self.num_heads)
         check_positive(self, "vocab_size", "num_layers", "d_model", "num_heads", "num_kv_heads")
         check_positive(self, "unroll", "d_ff", "max_context", "norm_eps", "rope_theta", "init_std")
+        self._check_experts()
         if self.head_dim is None:
             check(
                 self.d_model % self.num_heads == 0,
@@ -173,8 +243,48 @@ class ModelConfig:
             self.sliding_window is not None or "sliding" not in self.attention_pattern,
             "attention_pattern has 'sliding' layers but sliding_window is not set",
         )
-        if self.logit_soft_cap is not None:
-            check_positive(self, "logit_soft_cap")
+        for name in ("logit_soft_cap", "attention_soft_cap", "query_pre_attn_scalar"):
+            if getattr(self, name) is not None:
+                check_positive(self, name)
+        self._check_kinds()
+
+    def _check_kinds(self):
+        for name, known in (
+            ("positions", ("rotary", "learned")),
+            ("norm", ("rms", "layer")),
+            ("norm_position", ("pre", "post", "both")),
+        ):
+            value = getattr(self, name)
+            check(value in known, f"{name} must be one of {', '.join(known)}, got {value!r}")
+        check(
+            not self.norm_unit_offset or self.norm == "rms",
+            "norm_unit_offset is for norm 'rms' only",
+        )
+        check(self.qk_norm or not self.qk_norm_full, "qk_norm_full needs qk_norm")
+        if self.rope_theta_local is not None:
+            check_positive(self, "rope_theta_local")
+
+    def _check_experts(self):
+        """A flag that no layer would read is a mistake, not a wish."""
+        if self.mlp == "moe":
+            check(not self.mlp_bias, "model.mlp_bias is not for model.mlp moe: experts have none")
+            inside = {"gate", "up", "down"}.intersection(self.adapter.targets)
+            check(
+                self.adapter.kind == "none" or not inside,
+                "adapters sit on dense projections and model.mlp is moe: set model.adapter.targets "
+                "to those of attention (query, key, value, out)",
+            )
+            return
+        for field in dataclasses.fields(self.moe):
+            check(
+                getattr(self.moe, field.name) == field.default,
+                f"model.moe.{field.name} is given but model.mlp is {self.mlp}: add --model.mlp moe",
+            )
+
+    @property
+    def d_expert(self) -> int:
+        """Hidden width of one expert."""
+        return self.moe.d_expert or self.d_ff
 
     @property
     def windows(self) -> tuple[int | None, ...]:

@@ -156,13 +156,15 @@ def continue_text(
     max_tokens: int,
     sampling: Sampling,
     seed: int,
+    prefix: Sequence[int] | None = None,
 ) -> Iterator[str]:
     """Pieces of text that continue `prompt`; every piece is whole characters.
 
-    The prompt stands behind the tokenizer's separator, where documents start in training. The text
-    ends at the separator or end token.
+    The prompt stands behind `prefix`, by default the tokenizer's separator, where documents start
+    in training. The text ends at the separator or end token.
     """
-    ids = [tokenizer.separator_id, *tokenizer.encode(prompt).tolist()]
+    prefix = [tokenizer.separator_id] if prefix is None else prefix
+    ids = [*prefix, *tokenizer.encode(prompt).tolist()] or [tokenizer.separator_id]
     end = tokenizer.separator_id if tokenizer.end_id is None else tokenizer.end_id
     rows = generate(
         config, params, [ids], max_tokens=max_tokens, sampling=sampling, seed=seed, stop_id=end

@@ -1,4 +1,4 @@
-"""The decoder: embedding, a scanned stack of pre-norm blocks, final norm, head.
+"""The decoder: embedding, a scanned stack of blocks, final norm, head.
 
 `init` and `apply` are pure; parameters are a nested dict of arrays. The Flax NNX modules below are
 thin parameter containers: they are split into (structure, parameters) once per configuration, and
@@ -7,6 +7,8 @@ merged again while tracing, so that no module is traversed at run time.
     x = embedding[tokens]
     for each layer:  x += attention(norm(x));  x += mlp(norm(x))
     logits = head(norm(x))
+
+(OLMo 2 and Gemma have norms behind the branches too: `ModelConfig.norm_position`.)
 
 Initial scales: embedding N(0, init_std^2) with init_std 0.02 (GPT-2); projections N(0, 1 / fan_in)
 (LeCun 1998); the two that write to the residual stream divided by sqrt(2 * num_layers) (GPT-2,
@@ -24,11 +26,12 @@ from jaxtyping import Array, Float, Int
 
 from lm.config import ConfigError, ModelConfig
 from lm.layers import rotary, skip
+from lm.layers.adapters import attach
 from lm.layers.linear import Linear, Plug, Site, linear
 from lm.layers.mlp import make_mlp
-from lm.layers.norms import RMSNorm
+from lm.layers.norms import make_norm
 from lm.layers.parameters import Stack, fan_in_std, normal
-from lm.layers.self_attention import Cache, Rotation, SelfAttention
+from lm.layers.self_attention import Cache, Rotation, SelfAttention, make_rotation
 from lm.sharding import constrain, spec
 
 Params = dict[str, Any]
@@ -37,7 +40,7 @@ Params = dict[str, Any]
 REMAT_POLICIES = {
     "none": None,
     # Keep the products, recompute the cheap rest (norms, activations, softmax).
-    "dots": jax.checkpoint_policies.save_only_these_names("linear", "attention"),
+    "dots": jax.checkpoint_policies.save_only_these_names("linear", "attention", "grouped_matmul"),
     # Keep one activation per layer besides the layer's input.
     "attention": jax.checkpoint_policies.save_only_these_names("attention"),
     # Keep only the input of each layer (of each period of an attention pattern).
@@ -46,15 +49,18 @@ REMAT_POLICIES = {
 
 
 class Block(nnx.Module):
-    """One pre-norm transformer layer."""
+    """One transformer layer."""
 
     def __init__(self, key: jax.Array, config: ModelConfig, stack: Stack):
         attention_key, mlp_key = jax.random.split(key)
-        norm = dict(eps=config.norm_eps, dtype=config.param_dtype, stack=stack)
-        self.attention_norm = RMSNorm(config.d_model, **norm)
         self.attention = SelfAttention(attention_key, config, stack)
-        self.mlp_norm = RMSNorm(config.d_model, **norm)
         self.mlp = make_mlp(mlp_key, config, stack)
+        if config.norm_position != "post":
+            self.attention_norm = make_norm(config, config.d_model, stack)
+            self.mlp_norm = make_norm(config, config.d_model, stack)
+        if config.norm_position != "pre":
+            self.attention_post_norm = make_norm(config, config.d_model, stack)
+            self.mlp_post_norm = make_norm(config, config.d_model, stack)
 
     def __call__(
         self, x, rotation: Rotation, window, plug, layer, cache: Cache | None, active=None
@@ -64,29 +70,40 @@ class Block(nnx.Module):
             if "attention" in active:
                 y = self._gated("attention", active, x, rotation, window, plug, layer)
             else:
-                normed, heads = self.attention_norm(x), active.get("heads")
-                y, cache = self.attention(normed, rotation, window, plug, layer, cache, heads)
+                context = rotation, window, plug, layer, cache, active.get("heads")
+                y, cache = _branch(self._parts("attention"), "attention", x, *context)
             x = constrain(x + y, ("batch", "sequence", "act_embed"))
         with jax.named_scope("mlp"):
             if "mlp" in active:
                 y, auxiliary = self._gated("mlp", active, x, rotation, window, plug, layer)
             else:
-                y, auxiliary = self.mlp(self.mlp_norm(x), plug, layer)
+                y, auxiliary = _branch(self._parts("mlp"), "mlp", x, plug, layer)
             x = constrain(x + y, ("batch", "sequence", "act_embed"))
         return x, auxiliary, cache
 
+    def _parts(self, name: str) -> dict[str, nnx.Module]:
+        """The module of a branch and those norms that it has."""
+        names = f"{name}_norm", name, f"{name}_post_norm"
+        return {each: getattr(self, each) for each in names if hasattr(self, each)}
+
     def _gated(self, name: str, active, x, rotation, window, plug, layer):
-        """A branch, norm included, that is back-propagated only if it is active."""
-        graphdef, state = nnx.split((getattr(self, f"{name}_norm"), getattr(self, name)))
+        """A branch, norms included, that is back-propagated only if it is active."""
+        graphdef, state = nnx.split(self._parts(name))
 
         def branch(inputs, rotation, layer):
             state, x = inputs
-            norm, module = nnx.merge(graphdef, state)
+            parts = nnx.merge(graphdef, state)
             if name == "attention":
-                return module(norm(x), rotation, window, plug, layer)[0]
-            return module(norm(x), plug, layer)
+                return _branch(parts, name, x, rotation, window, plug, layer)[0]
+            return _branch(parts, name, x, plug, layer)
 
         return skip.gate(branch, active[name], (state, x), rotation, layer)
+
+
+def _branch(parts: dict[str, nnx.Module], name: str, x, *context):
+    x = parts[f"{name}_norm"](x) if f"{name}_norm" in parts else x
+    y, other = parts[name](x, *context)
+    return parts[f"{name}_post_norm"](y) if f"{name}_post_norm" in parts else y, other
 
 
 class Decoder(nnx.Module):
@@ -101,7 +118,12 @@ class Decoder(nnx.Module):
             embed_key, shape, ("vocab", "embed"), std=config.init_std, dtype=dtype
         )
         self.layers = Block(layers_key, config, Stack(config.num_layers))
-        self.final_norm = RMSNorm(config.d_model, eps=config.norm_eps, dtype=dtype)
+        attach(self.layers, config, jax.random.fold_in(key, 4), Stack(config.num_layers))
+        if config.positions == "learned":
+            position_key, shape = jax.random.fold_in(key, 3), (config.max_context, config.d_model)
+            axes, std = ("positions", "embed"), config.init_std
+            self.position_embedding = normal(position_key, shape, axes, std=std, dtype=dtype)
+        self.final_norm = make_norm(config, config.d_model)
         if not config.tie_embeddings:
             self.head = Linear(
                 head_key,
@@ -116,12 +138,21 @@ class Decoder(nnx.Module):
     def __call__(
         self, tokens, rotation: Rotation, plug: Plug | None, cache: Cache | None, active=None
     ):
-        rows = jnp.asarray(self.embedding[...]).at[tokens]
-        x = rows.get(mode="fill", fill_value=jnp.nan, wrap_negative_indices=False)
-        x = constrain(x.astype(self.config.dtype), ("batch", "sequence", "act_embed"))
+        dtype = self.config.dtype
+        x = _rows(self.embedding, tokens).astype(dtype)
+        if self.config.embedding_scale:  # rounded to the dtype, as in Gemma
+            x *= jnp.asarray(self.config.d_model**0.5, dtype)
+        if self.config.positions == "learned":
+            x += _rows(self.position_embedding, rotation.positions).astype(dtype)
+        x = constrain(x, ("batch", "sequence", "act_embed"))
         scanned = (cache, active)
         x, auxiliary, cache = _run_layers(self.layers, x, rotation, self.config, plug, scanned)
         return self.final_norm(x), auxiliary, cache
+
+
+def _rows(table: nnx.Param, ids):
+    rows = jnp.asarray(table[...]).at[ids]
+    return rows.get(mode="fill", fill_value=jnp.nan, wrap_negative_indices=False)
 
 
 def _run_layers(layers: Block, x, rotation, config: ModelConfig, plug, per_layer):
@@ -284,7 +315,7 @@ def hidden(
             positions = jnp.broadcast_to(jnp.arange(tokens.shape[1])[None], tokens.shape)
         else:
             positions = rotary.positions_from_segments(segment_ids)
-    rotation = Rotation(*rotary.cos_sin(positions, config), segment_ids)
+    rotation = make_rotation(config, positions, segment_ids=segment_ids)
     x, auxiliary, _ = _model(config, params)(tokens, rotation, plug, None, active)
     return x, auxiliary
 
@@ -316,7 +347,7 @@ def decode(
     if padding is not None:
         positions = jnp.maximum(positions - padding[:, None], 0)
     positions = jnp.broadcast_to(positions, tokens.shape)
-    rotation = Rotation(*rotary.cos_sin(positions, config), None, index, padding)
+    rotation = make_rotation(config, positions, cache_index=index, padding=padding)
     x, _, cache = _model(config, params)(tokens, rotation, plug, cache)
     x = x[:, -1:] if last_only else x
     return logits(config, params, x, plug), cache

@@ -5,10 +5,11 @@ follow. Every field can be changed on the command line, so a recipe holds defaul
 A new recipe is one function here.
 """
 
+import dataclasses
 import difflib
 from collections.abc import Callable
 
-from lm.config import ConfigError, ModelConfig, RopeScaling
+from lm.config import ConfigError, ModelConfig, MoEConfig, RopeScaling
 from lm.train.config import (
     CheckpointConfig,
     DataConfig,
@@ -181,9 +182,110 @@ def qwen3_0_6b() -> RunConfig:
     )
 
 
-RECIPES: dict[str, Callable[[], RunConfig]] = {
-    recipe.__name__: recipe for recipe in (tiny, gpt2_124m, llama3_1b, llama3_8b, qwen3_0_6b)
-}
+def moe_tiny() -> RunConfig:
+    """python scripts/train.py moe_tiny
+
+    The recipe tiny with 8 experts of which a token visits 2, each half as wide as tiny's MLP: as
+    many parameters meet a token. Hardware: 2 CPU cores. Result: not measured yet.
+    """
+    base = tiny()
+    model = dataclasses.replace(
+        base.model, mlp="moe", moe=MoEConfig(experts=8, top_k=2, d_expert=256)
+    )
+    return dataclasses.replace(base, recipe="moe_tiny", model=model)
+
+
+def qwen3_moe_small() -> RunConfig:
+    """python scripts/train.py qwen3_moe_small --data.tokenizer qwen3/tokenizer.json
+
+    Layers after Qwen3-30B-A3B (arXiv 2505.09388, table 2: top-8, no shared expert, weights
+    normalized, grouped queries with norms) at the size of a 2B-A0.8B model: 2.02 billion
+    parameters, 0.83 active; 524,288 tokens a step. Hardware: one GPU of 141 GB, or several by
+    --mesh.expert. Result: not measured yet.
+    """
+    return RunConfig(
+        recipe="qwen3_moe_small",
+        steps=25_000,
+        batch_size=128,
+        sequence_length=4096,
+        micro_batches=16,
+        model=ModelConfig(
+            vocab_size=151_936,
+            num_layers=21,
+            d_model=1536,
+            num_heads=16,
+            num_kv_heads=8,
+            head_dim=128,
+            d_ff=4608,
+            mlp="moe",
+            moe=MoEConfig(experts=32, top_k=8, d_expert=512, balance_weight=0.001, z_weight=0.0),
+            max_context=32_768,
+            rope_theta=1_000_000.0,
+            norm_eps=1e-6,
+            qk_norm=True,
+            tie_embeddings=True,
+            remat="dots",
+        ),
+        data=_fineweb("qwen3/tokenizer.json"),
+        optim=OptimConfig(name="adamw", learning_rate=6e-4, warmup_steps=1000),
+        checkpoint=CheckpointConfig(every=1000),
+        eval=EvalConfig(every=1000, batches=8),
+    )
+
+
+def deepseek_moe_small() -> RunConfig:
+    """python scripts/train.py deepseek_moe_small --data.tokenizer deepseek/tokenizer.json
+
+    Fine-grained experts and a shared one, balanced without a loss, as in DeepSeek-V3 (arXiv
+    2412.19437, sections 2.1.2 and 4.2) on layers with ordinary attention: 64 routed experts, top-6,
+    sigmoid scores, bias steps of 0.001 and a sequence-wise loss of 0.0001; 2.18 billion parameters,
+    0.61 active. Hardware: one GPU of 141 GB, or several by --mesh.expert. Result: not measured yet.
+    """
+    return RunConfig(
+        recipe="deepseek_moe_small",
+        steps=25_000,
+        batch_size=128,
+        sequence_length=4096,
+        micro_batches=16,
+        model=ModelConfig(
+            vocab_size=102_400,
+            num_layers=20,
+            d_model=1280,
+            num_heads=10,
+            num_kv_heads=10,
+            head_dim=128,
+            d_ff=3584,
+            mlp="moe",
+            moe=MoEConfig(
+                experts=64,
+                top_k=6,
+                d_expert=352,
+                shared=2,
+                scoring="sigmoid",
+                scale=2.5,
+                groups=8,
+                groups_kept=4,
+                balance_weight=1e-4,
+                balance_per_sequence=True,
+                z_weight=0.0,
+                bias_rate=1e-3,
+            ),
+            max_context=4096,
+            norm_eps=1e-6,
+            remat="dots",
+        ),
+        data=_fineweb("deepseek/tokenizer.json"),
+        optim=OptimConfig(name="adamw", learning_rate=6e-4, warmup_steps=1000),
+        checkpoint=CheckpointConfig(every=1000),
+        eval=EvalConfig(every=1000, batches=8),
+    )
+
+
+_ALL = (
+    tiny, gpt2_124m, llama3_1b, llama3_8b, qwen3_0_6b, moe_tiny, qwen3_moe_small,
+    deepseek_moe_small,
+)  # fmt: skip
+RECIPES: dict[str, Callable[[], RunConfig]] = {recipe.__name__: recipe for recipe in _ALL}
 
 
 def get(name: str) -> RunConfig:

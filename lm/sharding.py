@@ -26,7 +26,10 @@ RULES: Mapping[str, tuple[str, ...]] = {
     "mlp": ("tensor",),
     "vocab": ("tensor",),
     "experts": ("expert",),
+    "router": (),
     "norm": (),
+    "adapter": (),  # too small to be worth sharding
+    "positions": (),
     # activations
     "batch": ("data", "fsdp", "expert"),
     "sequence": ("context",),
@@ -148,6 +151,9 @@ def check_mesh(model: ModelConfig, batch_size: int, micro_batches: int, mesh: Me
         },
         "fsdp": {"d_model": model.d_model},
     }
+    if model.mlp == "moe":
+        sizes["expert"] = {"moe.experts": model.moe.experts}
+        sizes["tensor"]["moe.d_expert"] = model.d_expert
     for axis, fields in sizes.items():
         for name, size in fields.items():
             if size % mesh.shape[axis]:

@@ -48,7 +48,7 @@ def parse_run(argv: Sequence[str] | None = None) -> RunConfig:
         name, words = _take_recipe(words)
         default = recipes.get(name)
         given = _given_flags(words, default)
-        default = _open_defaults(default, given)
+        default = _open_defaults(_from_hf(default, given.get("init.from_hf", "")), given)
         return _parse(words, default, f"{program} {name}")
     except ConfigError as error:
         refuse(program, str(error))
@@ -144,6 +144,24 @@ def _nearest_flag(name: str, known: dict[str, str]) -> str:
     if max(scores[near[0]]) < 0.6:
         return " (see --help)"
     return f": did you mean {' or '.join(known[key] for key in near)}?"
+
+
+def _from_hf(default: RunConfig, path: str) -> RunConfig:
+    """The recipe with the model and the tokenizer of a Hugging Face folder, if one is given."""
+    if not path:
+        return default
+    from lm import hf
+
+    ours, theirs = default.model, hf.load_config(path)
+    kept = ("dtype", "param_dtype", "remat", "unroll", "attention", "loss", "adapter")
+    model = dataclasses.replace(theirs, **{name: getattr(ours, name) for name in kept})
+    tokenizer = path if (Path(path) / "tokenizer.json").is_file() else default.data.tokenizer
+    return dataclasses.replace(
+        default,
+        model=model,
+        sequence_length=min(default.sequence_length, model.max_context),
+        data=dataclasses.replace(default.data, tokenizer=tokenizer),
+    )
 
 
 def _open_defaults(default: RunConfig, given: dict[str, str]) -> RunConfig:

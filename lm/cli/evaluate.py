@@ -23,7 +23,7 @@ class EvaluateArgs:
     """Which model, which text."""
 
     model: tyro.conf.Positional[str]
-    """A run folder, or one checkpoint in it (RUN/checkpoints/STEP)."""
+    """A run folder, one checkpoint in it (RUN/checkpoints/STEP), or a Hugging Face folder."""
     data: DataConfig = dataclasses.field(default_factory=DataConfig)
     """The text; the default is the run's. The tokenizer is always the run's."""
     split: Literal["auto", "valid", "train", "all"] = "auto"
@@ -36,6 +36,8 @@ class EvaluateArgs:
     """At most this many batches, spread evenly over the text; None is all of it."""
     step: int | None = None
     """Checkpoint to take; None is the newest good one."""
+    dtype: Literal["float32", "bfloat16", "float16"] | None = None
+    """Dtype that a Hugging Face folder is loaded in; None keeps its own."""
     json: bool = False
     """Print one JSON object instead of lines."""
 
@@ -65,16 +67,18 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def _parse(words: list[str]) -> EvaluateArgs:
     """Flags over the run's own data configuration, so that only differences need be given."""
-    from lm.train.folder import load_run_config
-    from lm.train.load import locate
+    from lm import hf
+    from lm.train.load import run_config
 
     if not words or words[0] in ("-h", "--help"):
         return tyro.cli(EvaluateArgs, args=words, description=__doc__)
     if words[0].startswith("-"):
         raise ConfigError(f"the run comes first: evaluate.py RUN ... {words[0]}")
-    run = load_run_config(locate(words[0])[0]).data
+    run = run_config(words[0]).data
     source, path = _value(words, "--data.source"), _value(words, "--data.path")
     data = run
+    if hf.is_hf(words[0]) and source is None and path is None and "--help" not in words:
+        raise ConfigError(f"{words[0]} has no text of its own: give --data.path (or --data.source)")
     if source is None and path is not None:  # a path alone is other text of the run's kind
         source = "text" if run.source == "stdlib" else run.source
     # The run's own text, named again, keeps the run's way of holding out.
@@ -97,7 +101,7 @@ def _value(words: list[str], flag: str) -> str | None:
 def _run(args: EvaluateArgs) -> str:
     import jax
 
-    from lm import sharding
+    from lm import hf, sharding
     from lm.data import eval_batches, open_stores
     from lm.train.evaluation import evaluate
     from lm.train.load import load_run
@@ -107,9 +111,11 @@ def _run(args: EvaluateArgs) -> str:
     from lm.train.step import make_eval_step
 
     enable_compilation_cache()
-    run = load_run(args.model, args.step)
+    run = load_run(args.model, args.step, args.dtype)
     config = run.config
-    own = (args.data.source, args.data.path) == (config.data.source, config.data.path)
+    foreign = hf.is_hf(args.model)
+    texts = (args.data.source, args.data.path), (config.data.source, config.data.path)
+    own = texts[0] == texts[1] and not foreign
     split = ("valid" if own else "all") if args.split == "auto" else args.split
     stores = open_stores(dataclasses.replace(args.data, tokenizer=config.data.tokenizer))
     chosen = [
@@ -148,7 +154,7 @@ def _run(args: EvaluateArgs) -> str:
         return json.dumps({name: jsonable(value) for name, value in values.items()})
     return "\n".join(
         [
-            f"checkpoint      step {run.step} of {args.model}",
+            f"checkpoint      {args.model if foreign else f'step {run.step} of {args.model}'}",
             f"text            {args.data.source} {args.data.path} ({split}): "
             f"{values['tokens']:,} tokens, {result.text_bytes:,} bytes, {seconds:.1f} s",
             f"loss            {result.loss:.4f} nats per token",

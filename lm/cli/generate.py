@@ -4,7 +4,7 @@ import dataclasses
 import os
 import sys
 from collections.abc import Sequence
-from typing import Annotated
+from typing import Annotated, Literal
 
 import tyro
 
@@ -18,7 +18,7 @@ class GenerateArgs:
     """Text from a trained model, written as it is drawn."""
 
     model: tyro.conf.Positional[str]
-    """A run folder, or one checkpoint in it (RUN/checkpoints/STEP)."""
+    """A run folder, one checkpoint in it (RUN/checkpoints/STEP), or a Hugging Face folder."""
     prompt: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="PROMPT")] = ""
     """Text to continue; empty starts a new document."""
     max_tokens: int | None = None
@@ -33,6 +33,8 @@ class GenerateArgs:
     """Equal seeds draw equal text."""
     step: int | None = None
     """Checkpoint to take; None is the newest good one."""
+    dtype: Literal["float32", "bfloat16", "float16"] | None = None
+    """Dtype that a Hugging Face folder is loaded in; None keeps its own."""
 
     def __post_init__(self):
         surrogates = any(0xD800 <= ord(c) < 0xE000 for c in self.prompt)
@@ -71,13 +73,15 @@ def _run(args: GenerateArgs) -> None:
 
     sampling = Sampling(temperature=args.temperature, top_k=args.top_k, top_p=args.top_p)
     enable_compilation_cache()
-    run = load_run(args.model, args.step)
+    run = load_run(args.model, args.step, args.dtype)
     tokenizer = run.tokenizer
     model, count = run.config.model, args.max_tokens
     if count is None:
         room = model.max_context - len(tokenizer.encode(args.prompt)) - 1
         count = min(200, max(room, 1))
-    pieces = continue_text(model, run.params, tokenizer, args.prompt, count, sampling, args.seed)
+    pieces = continue_text(
+        model, run.params, tokenizer, args.prompt, count, sampling, args.seed, run.prefix
+    )
     # What cannot be continued is refused with the first piece, before anything is printed.
     first = next(pieces)
     print(args.prompt + first, end="", flush=True)

@@ -36,6 +36,7 @@ def attention(
     causal: bool = True,
     window: int | None = None,
     scale: float | None = None,
+    soft_cap: float | None = None,
     implementation: str | None = None,
 ) -> Float[Array, "B T N H"]:
     """Grouped-query attention: query head n attends with key/value head n // (N / K).
@@ -51,6 +52,7 @@ def attention(
       causal: hide the keys after a query.
       window: a query sees itself and the window - 1 keys before it; needs `causal`.
       scale: factor on the scores; default H ** -0.5.
+      soft_cap: scores s become soft_cap * tanh(s / soft_cap) (Gemma 2, arXiv 2408.00118).
       implementation: a name of the table above. None takes a library kernel where one is sure to
         apply, else "xla". cuDNN is not told of segment ids (it could only be given them as a bias
         of T x S), so packed rows on a GPU without tokamax run in XLA, which is slower.
@@ -62,9 +64,10 @@ def attention(
     """
     _check(q, k, v, segment_ids, kv_segment_ids, causal, window)
     kv_segment_ids = segment_ids if kv_segment_ids is None else kv_segment_ids
-    spec = Spec(q.shape[-1] ** -0.5 if scale is None else float(scale), causal, window)
+    scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
+    spec = Spec(scale, causal, window, soft_cap)
     if implementation is None:
-        implementation = _choose(q, segment_ids)
+        implementation = _choose(q, segment_ids) if soft_cap is None else "xla"
     if implementation not in IMPLEMENTATIONS:
         raise ValueError(
             f"unknown attention implementation {implementation!r}; "
@@ -115,6 +118,8 @@ def reference(spec: Spec, q, k, v, q_segments, kv_segments) -> Array:
     precision = jax.lax.Precision.HIGHEST
     scores = jnp.einsum("btnh,bsnh->bnts", q.astype(jnp.float32), k, precision=precision)
     scores = scores * spec.scale
+    if spec.soft_cap is not None:
+        scores = spec.soft_cap * jnp.tanh(scores / spec.soft_cap)
     mask = visible(spec, jnp.arange(q.shape[1]), jnp.arange(k.shape[1]), q_segments, kv_segments)
     if mask is None:
         weights = jax.nn.softmax(scores, axis=-1)
@@ -132,7 +137,7 @@ def xla(spec: Spec, q, k, v, q_segments, kv_segments) -> Array:
     return run(spec, q, k, v, q_segments, kv_segments)
 
 
-def _require_kernel(name: str, backends: tuple[str, ...], q: Array) -> None:
+def _require_kernel(name: str, backends: tuple[str, ...], q: Array, spec: Spec) -> None:
     if jax.default_backend() not in backends:
         raise NotImplementedError(
             f"attention implementation {name!r} needs {' or '.join(backends)}, "
@@ -141,6 +146,10 @@ def _require_kernel(name: str, backends: tuple[str, ...], q: Array) -> None:
     if q.dtype not in (jnp.bfloat16, jnp.float16):
         raise NotImplementedError(
             f"attention implementation {name!r} multiplies in 16 bit, q is {q.dtype}: use 'xla'"
+        )
+    if spec.soft_cap is not None:
+        raise NotImplementedError(
+            f"attention implementation {name!r} is not given a soft cap here: use 'xla'"
         )
 
 
@@ -151,7 +160,7 @@ def cudnn(spec: Spec, q, k, v, q_segments, kv_segments) -> Array:
             "attention implementation 'cudnn' has no segment ids and would let packed documents "
             "see each other: use 'xla' or 'tokamax'"
         )
-    _require_kernel("cudnn", ("gpu",), q)
+    _require_kernel("cudnn", ("gpu",), q, spec)
     window = None if spec.window is None else (spec.window - 1, 0)
     out = jax.nn.dot_product_attention(
         q,
@@ -171,7 +180,7 @@ def tokamax(spec: Spec, q, k, v, q_segments, kv_segments) -> Array:
     The mask is [B, 1, T, S], one byte an entry, shared by the heads. tokamax's own XLA forms are
     left out, so shapes that no kernel takes raise instead of holding T x S scores.
     """
-    _require_kernel("tokamax", ("gpu", "tpu"), q)
+    _require_kernel("tokamax", ("gpu", "tpu"), q, spec)
     if importlib.util.find_spec("tokamax") is None:
         raise NotImplementedError(
             "attention implementation 'tokamax' needs the tokamax package: "

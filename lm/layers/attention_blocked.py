@@ -17,7 +17,6 @@ from jaxtyping import Array
 
 from lm.layers.attention_common import (
     CHECKPOINT_NAME,
-    LOG2_E,
     Spec,
     contiguous,
     finite,
@@ -25,6 +24,8 @@ from lm.layers.attention_common import (
     masked,
     product,
     reciprocal,
+    scaled,
+    slope,
     visible,
 )
 
@@ -104,7 +105,7 @@ def _forward(spec, q, k, v, q_segments, kv_segments):
     def step(carry, pair):
         out, maximum, total = carry
         i, j = pair
-        scores = product(queries[i], keys[j], (3, 3)) * (spec.scale * LOG2_E)
+        scores = scaled(spec, product(queries[i], keys[j], (3, 3)))
         scores = masked(scores, _mask(spec, size, k.shape[1], i, j, q_ids, kv_ids))
         old = maximum[i]
         new = jnp.maximum(old, scores.max(-1, keepdims=True))
@@ -150,11 +151,11 @@ def _blocked_bwd(spec, residuals, grad):
     def step(carry, pair):
         dq, dk_t, dv_t = carry
         i, j = pair
-        scores = product(queries[i], keys[j], (3, 3)) * (spec.scale * LOG2_E) - log_sums[i]
+        scores = scaled(spec, product(queries[i], keys[j], (3, 3)))
         mask = _mask(spec, size, k.shape[1], i, j, q_ids, kv_ids)
-        weights = jnp.exp2(masked(scores, mask))
+        weights = jnp.exp2(masked(scores - log_sums[i], mask))
         dweights = product(grads[i], values[j], (3, 3))
-        dscores = (weights * (dweights - delta[i]) * spec.scale).astype(q.dtype)
+        dscores = (weights * (dweights - delta[i]) * slope(spec, scores)).astype(q.dtype)
         dq = dq.at[i].add(product(dscores, keys[j], (3, 2)))
         dk_t = dk_t.at[j].add(product(queries_t[i], dscores, (3, 2)))
         dv_t = dv_t.at[j].add(product(grads_t[i], weights.astype(q.dtype), (3, 2)))

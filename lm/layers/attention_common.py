@@ -26,6 +26,21 @@ class Spec:
     scale: float
     causal: bool
     window: int | None
+    soft_cap: float | None = None
+
+
+def scaled(spec: Spec, products: Float[Array, "*dims"]) -> Float[Array, "*dims"]:
+    """Scores in units of ln 2 from the products q . k: scaled and, if asked for, soft-capped."""
+    if spec.soft_cap is None:
+        return products * (spec.scale * LOG2_E)
+    return jnp.tanh(products * (spec.scale / spec.soft_cap)) * (spec.soft_cap * LOG2_E)
+
+
+def slope(spec: Spec, scores: Float[Array, "*dims"]) -> Float[Array, "*dims"] | float:
+    """d scores / d products in units of 1 / ln 2, from what `scaled` gave."""
+    if spec.soft_cap is None:
+        return spec.scale
+    return spec.scale * (1 - jnp.square(scores * (1 / (spec.soft_cap * LOG2_E))))
 
 
 def visible(

@@ -20,7 +20,6 @@ from jaxtyping import Array
 
 from lm.layers.attention_common import (
     CHECKPOINT_NAME,
-    LOG2_E,
     Spec,
     contiguous,
     finite,
@@ -28,6 +27,8 @@ from lm.layers.attention_common import (
     masked,
     product,
     reciprocal,
+    scaled,
+    slope,
     visible,
 )
 
@@ -102,7 +103,7 @@ def _forward(spec, q, k, v, q_segments, kv_segments):
         start, stop, key_start, key_stop = block
         mask = _mask(spec, block, q_segments, kv_segments)
         scores = product(_rows(queries, start, stop), keys[:, :, key_start:key_stop], (3, 3))
-        scores = masked(scores * (spec.scale * LOG2_E), mask)
+        scores = masked(scaled(spec, scores), mask)
         maximum = finite(scores.max(-1, keepdims=True))
         weights = jnp.exp2(scores - maximum)
         total = weights.sum(-1, keepdims=True)
@@ -140,10 +141,10 @@ def _dense_bwd(spec, residuals, grad):
         start, stop, key_start, key_stop = block
         block_k, block_v = keys[:, :, key_start:key_stop], values[:, :, key_start:key_stop]
         mask = _mask(spec, block, q_segments, kv_segments)
-        scores = product(_rows(queries, start, stop), block_k, (3, 3)) * (spec.scale * LOG2_E)
+        scores = scaled(spec, product(_rows(queries, start, stop), block_k, (3, 3)))
         weights = jnp.exp2(masked(scores - log_sum, mask))
         dweights = product(_rows(grads, start, stop), block_v, (3, 3))
-        dscores = weights * (dweights - _rows(delta, start, stop)) * spec.scale
+        dscores = weights * (dweights - _rows(delta, start, stop)) * slope(spec, scores)
         weights, dscores = weights.astype(q.dtype), dscores.astype(q.dtype)
         dq.append(product(dscores, block_k, (3, 2)))
         dk_t = product(_columns(queries_t, start, stop), dscores, (3, 2))

@@ -150,12 +150,15 @@ class Linear(nnx.Module):
         if bias:
             self.bias = constant(0.0, (d_out,), axes[1:], dtype=dtype, stack=stack)
         self.has_bias = bias
+        self.has_adapter = False  # see lm.layers.adapters.attach
 
     def __call__(self, x: jax.Array, plug: Plug | None = None, layer=None) -> jax.Array:
         """x: [..., D] -> [..., F]. `plug` and `layer` choose the product (see `Plug`)."""
         y = linear(x, self.kernel[...], plug(Site(self.name, layer)) if plug else None)
         # The name lets a rematerialization policy keep exactly the products (lm/model.py).
         y = checkpoint_name(y, "linear")
+        if self.has_adapter:
+            y = y + self.adapter(x)
         if not self.has_bias:
             return y
         return y + jax.lax.broadcast_in_dim(self.bias[...].astype(y.dtype), y.shape, (y.ndim - 1,))

@@ -60,6 +60,15 @@ class SwiGLU(nnx.Module):
         return self.down(h, plug, layer), {}
 
 
+class GeGLU(SwiGLU):
+    """down(gelu(gate(x)) * up(x)), the tanh approximation (arXiv 2002.05202; Gemma)."""
+
+    def __call__(self, x, plug: Plug | None = None, layer=None) -> tuple[jax.Array, Auxiliary]:
+        h = jax.nn.gelu(self.gate(x, plug, layer), approximate=True) * self.up(x, plug, layer)
+        h = constrain(h, ("batch", "sequence", "act_mlp"))
+        return self.down(h, plug, layer), {}
+
+
 class GELU(nnx.Module):
     """down(gelu(up(x))), the tanh approximation of GPT-2."""
 
@@ -95,11 +104,17 @@ def _projections(key, config: ModelConfig, stack: Stack, names) -> list[Linear]:
 MLPS: dict[str, Callable[[jax.Array, ModelConfig, Stack], nnx.Module]] = {
     "swiglu": SwiGLU,
     "gelu": GELU,
+    "geglu": GeGLU,
 }
 
 
 def make_mlp(key: jax.Array, config: ModelConfig, stack: Stack) -> nnx.Module:
     """The layer that `config.mlp` names; an unknown name is a ConfigError that lists the known."""
-    if config.mlp not in MLPS:
-        raise ConfigError(f"model.mlp must be one of {', '.join(MLPS)}, got {config.mlp!r}")
-    return MLPS[config.mlp](key, config, stack)
+    from lm.layers.moe import MoE  # which is made of the layers of this file
+    from lm.layers.moe_heads import HeadWiseMoE, MultiHeadMoE
+
+    experts = {"token": MoE, "head_wise": HeadWiseMoE, "multi_head": MultiHeadMoE}
+    kinds = MLPS | {"moe": experts[config.moe.kind]}
+    if config.mlp not in kinds:
+        raise ConfigError(f"model.mlp must be one of {', '.join(kinds)}, got {config.mlp!r}")
+    return kinds[config.mlp](key, config, stack)

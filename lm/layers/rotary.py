@@ -10,17 +10,24 @@ from jaxtyping import Array, Float, Int
 from lm.config import ModelConfig, RopeScaling
 
 
-def inverse_frequencies(config: ModelConfig) -> tuple[np.ndarray, float]:
+def inverse_frequencies(config: ModelConfig, local: bool = False) -> tuple[np.ndarray, float]:
     """Angular frequency of each pair of dimensions, and the factor on cos and sin.
+
+    `local`: those of sliding layers, if `config.rope_theta_local` gives them their own.
 
     Returns:
       (inv_freq, attention_factor): f64 array [head_dim / 2] in radians per token, and the scalar
       that YaRN multiplies cos and sin by (1.0 otherwise).
     """
     half = np.arange(0, config.head_dim, 2, dtype=np.float64)
-    inv_freq = config.rope_theta ** (-half / config.head_dim)
+    theta = config.rope_theta_local if local else config.rope_theta
+    # Rounded to f32 at each step, as in the code that pretrained models were made with: an angle is
+    # frequency times position, so at position 3,000 a last bit shows in the logits.
+    exponents = (half / config.head_dim).astype(np.float32)
+    powers = (theta ** exponents.astype(np.float64)).astype(np.float32)
+    inv_freq = (np.float32(1) / powers).astype(np.float64)
     scaling = config.rope_scaling
-    if scaling is None:
+    if scaling is None or local:
         return inv_freq, 1.0
     if scaling.kind == "linear":
         return inv_freq / scaling.factor, 1.0
@@ -54,10 +61,10 @@ def _yarn(inv_freq, scaling: RopeScaling, head_dim: int, theta: float):
 
 
 def cos_sin(
-    positions: Int[Array, "B T"], config: ModelConfig
+    positions: Int[Array, "B T"], config: ModelConfig, local: bool = False
 ) -> tuple[Float[Array, "B T half"], Float[Array, "B T half"]]:
     """cos and sin of position times frequency, in f32 (bf16 cannot tell positions above 256)."""
-    inv_freq, factor = inverse_frequencies(config)
+    inv_freq, factor = inverse_frequencies(config, local)
     inv_freq = jnp.asarray(inv_freq, jnp.float32)
     angles = positions[..., None].astype(jnp.float32) * inv_freq[None, None]
     return jnp.cos(angles) * factor, jnp.sin(angles) * factor

@@ -7,11 +7,11 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from lm.config import ModelConfig
+from lm.config import ModelConfig, check
 from lm.layers import rotary, skip
 from lm.layers.attention import attention
 from lm.layers.linear import Linear, Plug
-from lm.layers.norms import RMSNorm
+from lm.layers.norms import make_norm
 from lm.layers.parameters import Stack, fan_in_std
 from lm.sharding import constrain
 
@@ -26,17 +26,37 @@ class Cache(NamedTuple):
 class Rotation(NamedTuple):
     """What attention needs to know of the tokens, shared by all layers."""
 
-    cos: Float[Array, "B T half"]
-    sin: Float[Array, "B T half"]
-    segment_ids: Int[Array, "B T"] | None
+    cos: Float[Array, "B T half"] | None
+    """None without rotary embedding."""
+    sin: Float[Array, "B T half"] | None
+    segment_ids: Int[Array, "B T"] | None = None
     cache_index: Int[Array, ""] | None = None
     """Slot of the first of the T tokens in the cache; None without a cache."""
     padding: Int[Array, " B"] | None = None
     """Slots at the start of each row's cache that hold no token; None is no such slot."""
+    local: tuple[Float[Array, "B T half"], Float[Array, "B T half"]] | None = None
+    """cos and sin of sliding layers, where they have their own."""
+    positions: Int[Array, "B T"] | None = None
+
+    def turn(self, x: Float[Array, "B T N H"], window: int | None) -> Float[Array, "B T N H"]:
+        """Queries or keys of a layer with this window, rotated by their positions."""
+        if self.cos is None:
+            return x
+        cos, sin = self.local if self.local and window is not None else (self.cos, self.sin)
+        return rotary.rotate(x, cos, sin)
+
+
+def make_rotation(config: ModelConfig, positions: Int[Array, "B T"], **others) -> Rotation:
+    """The `Rotation` of tokens at `positions`; `others` are fields that it holds besides."""
+    if config.positions != "rotary":
+        return Rotation(None, None, positions=positions, **others)
+    local = rotary.cos_sin(positions, config, True) if config.rope_theta_local else None
+    cos, sin = rotary.cos_sin(positions, config)
+    return Rotation(cos, sin, local=local, positions=positions, **others)
 
 
 class SelfAttention(nnx.Module):
-    """softmax(q k^T / sqrt(head_dim) + mask) v, then the output projection."""
+    """softmax(cap(q k^T / sqrt(head_dim)) + mask) v, then the output projection."""
 
     def __init__(self, key: jax.Array, config: ModelConfig, stack: Stack):
         self.config = config
@@ -70,9 +90,9 @@ class SelfAttention(nnx.Module):
             config.attention_out_bias,
         )
         if config.qk_norm:
-            norm = dict(eps=config.norm_eps, dtype=config.param_dtype, stack=stack)
-            self.query_norm = RMSNorm(config.head_dim, **norm)
-            self.key_norm = RMSNorm(config.head_dim, **norm)
+            widths = (q_dim, kv_dim) if config.qk_norm_full else (config.head_dim,) * 2
+            self.query_norm, self.key_norm = (make_norm(config, width, stack) for width in widths)
+        self.scale = (config.query_pre_attn_scalar or config.head_dim) ** -0.5
 
     def __call__(
         self,
@@ -92,36 +112,46 @@ class SelfAttention(nnx.Module):
         if active is not None:
             return self._attend_active(x, rotation, window, plug, layer, active), None
         config = self.config
-        q, k, v = self._project(x, rotation, plug, layer, config.num_kv_heads)
+        q, k, v = self._project(x, rotation, window, plug, layer, config.num_kv_heads)
         if cache is None:
-            out = attention(
-                q,
-                k,
-                v,
-                segment_ids=rotation.segment_ids,
-                window=window,
-                implementation=config.attention,
-            )
+            out = self._attend(q, k, v, rotation, window)
         else:
             cache = _append(cache, k, v, rotation.cache_index)
-            out = _attend_cache(q, cache, rotation, window)
+            out = _attend_cache(q, cache, rotation, window, self.scale, config.attention_soft_cap)
         return self.out(out.reshape(*x.shape[:2], -1), plug, layer), cache
 
-    def _project(self, x, rotation: Rotation, plug, layer, kv_heads: int):
+    def _attend(self, q, k, v, rotation: Rotation, window):
+        return attention(
+            q,
+            k,
+            v,
+            segment_ids=rotation.segment_ids,
+            window=window,
+            scale=self.scale,
+            soft_cap=self.config.attention_soft_cap,
+            implementation=self.config.attention,
+        )
+
+    def _project(self, x, rotation: Rotation, window, plug, layer, kv_heads: int):
         config = self.config
         group = config.num_heads // config.num_kv_heads
-        q = self._heads(self.query(x, plug, layer), kv_heads * group)
-        k = self._heads(self.key(x, plug, layer), kv_heads)
-        v = self._heads(self.value(x, plug, layer), kv_heads)
-        if config.qk_norm:
+        q, k = self.query(x, plug, layer), self.key(x, plug, layer)
+        if config.qk_norm_full:
             q, k = self.query_norm(q), self.key_norm(k)
-        q = rotary.rotate(q, rotation.cos, rotation.sin)
-        k = rotary.rotate(k, rotation.cos, rotation.sin)
-        return q, k, v
+        q, k = self._heads(q, kv_heads * group), self._heads(k, kv_heads)
+        v = self._heads(self.value(x, plug, layer), kv_heads)
+        if config.qk_norm and not config.qk_norm_full:
+            q, k = self.query_norm(q), self.key_norm(k)
+        return rotation.turn(q, window), rotation.turn(k, window), v
 
     def _attend_active(self, x, rotation: Rotation, window, plug, layer, active):
         """The same forward pass, with a backward pass of the active heads (`lm.layers.skip`)."""
         config = self.config
+        check(
+            not config.qk_norm_full,
+            "heads cannot be left out one by one under qk_norm_full: it normalizes all of them "
+            "together",
+        )
         graphdef, state = nnx.split(self)
 
         def module(state, heads):
@@ -132,19 +162,12 @@ class SelfAttention(nnx.Module):
 
         def project(state, heads, x, context):
             layer, count = module(state, heads)
-            q, k, v = layer._project(x, context[0], plug, context[1], count)
+            q, k, v = layer._project(x, context[0], window, plug, context[1], count)
             return q.reshape(*k.shape[:3], -1, config.head_dim), k, v
 
         def attend(q, k, v, context):
-            out = attention(
-                q.reshape(*q.shape[:2], -1, config.head_dim),
-                k,
-                v,
-                segment_ids=context[0].segment_ids,
-                window=window,
-                implementation=config.attention,
-            )
-            return out.reshape(*k.shape[:3], -1)
+            q = q.reshape(*q.shape[:2], -1, config.head_dim)
+            return self._attend(q, k, v, context[0], window).reshape(*k.shape[:3], -1)
 
         def out(state, heads, o, context):
             layer, _ = module(state, heads)
@@ -182,14 +205,17 @@ def _append(cache: Cache, k, v, index) -> Cache:
     )
 
 
-def _attend_cache(q, cache: Cache, rotation: Rotation, window: int | None):
+def _attend_cache(q, cache: Cache, rotation: Rotation, window: int | None, scale, soft_cap):
     """Attention of T new tokens to all S slots of the cache; holds T x S scores, T is small."""
     b, t, n, h = q.shape
     s, groups = cache.keys.shape[1], cache.keys.shape[2]
     q = q.reshape(b, t, groups, n // groups, h)
     scores = jnp.einsum(
         "btkgh,bskh->bkgts", q, cache.keys.astype(q.dtype), preferred_element_type=jnp.float32
-    ) * (h**-0.5)
+    )
+    scores *= scale
+    if soft_cap is not None:
+        scores = soft_cap * jnp.tanh(scores / soft_cap)
     query_slot = rotation.cache_index + jnp.arange(t)[:, None]
     slot = jnp.arange(s)[None]
     visible = slot <= query_slot

@@ -8,7 +8,9 @@ import math
 from typing import Literal
 
 from lm.config import ConfigError, ModelConfig, check, check_positive
+from lm.train.config_init import InitConfig, check_adapter
 from lm.train.config_mat import MatConfig
+from lm.train.config_sd import SDConfig, check_sd
 
 __all__ = [
     "CheckpointConfig",
@@ -16,6 +18,7 @@ __all__ = [
     "DataConfig",
     "EvalConfig",
     "GuardConfig",
+    "InitConfig",
     "LogConfig",
     "MatConfig",
     "MeshConfig",
@@ -23,6 +26,7 @@ __all__ = [
     "ProfileConfig",
     "QuantConfig",
     "RunConfig",
+    "SDConfig",
 ]
 
 SOURCES = ("stdlib", "text", "json", "parquet", "hf", "mixture")
@@ -201,7 +205,7 @@ class MeshConfig:
     tensor: int = 1
     """Heads, MLP width and vocabulary sharded."""
     expert: int = 1
-    """Reserved for expert parallelism."""
+    """Experts sharded, and the batch."""
     context: int = 1
     """Reserved for context parallelism."""
 
@@ -214,11 +218,10 @@ class MeshConfig:
                 + (" or -1" if field.name == "data" else "")
                 + f", got {size}",
             )
-        for name in ("expert", "context"):
-            check(
-                getattr(self, name) == 1,
-                f"mesh.{name} is reserved: no layer uses that axis yet, set it to 1",
-            )
+        check(
+            self.context == 1,
+            "mesh.context is reserved: no layer uses that axis yet, set it to 1",
+        )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -279,10 +282,12 @@ class LogConfig:
     """Steps between rows that describe the spectra of weights and momenta; 0 writes none."""
     quant: int = 0
     """Steps between rows that describe what quantization does to each layer; 0 writes none."""
+    experts: int = 0
+    """Steps between rows that say what experts have in common; 0 writes none."""
 
     def __post_init__(self):
         check_positive(self, "every")
-        for name in ("spectra", "quant"):
+        for name in ("spectra", "quant", "experts"):
             every = getattr(self, name)
             check(every >= 0, f"log.{name} must be 0 or more, got {every}")
 
@@ -322,9 +327,11 @@ class RunConfig:
     micro_batches: int = 1
     """Gradient accumulation: the batch is worked through in this many equal parts."""
     model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
+    init: InitConfig = dataclasses.field(default_factory=InitConfig)
     data: DataConfig = dataclasses.field(default_factory=DataConfig)
     optim: OptimConfig = dataclasses.field(default_factory=OptimConfig)
     mat: MatConfig = dataclasses.field(default_factory=MatConfig)
+    sd: SDConfig = dataclasses.field(default_factory=SDConfig)
     quant: QuantConfig = dataclasses.field(default_factory=QuantConfig)
     mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
     guard: GuardConfig = dataclasses.field(default_factory=GuardConfig)
@@ -353,6 +360,8 @@ class RunConfig:
             f"optim.warmup_steps ({self.optim.warmup_steps}) exceeds steps ({self.steps})",
         )
         self._check_optimizer()
+        check_adapter(self)
+        check_sd(self)
 
     def _check_optimizer(self):
         """A flag that the chosen optimizer would not read is a mistake, not a wish."""

@@ -6,12 +6,17 @@ import types
 import typing
 from typing import Any
 
-from lm.config import ConfigError
+from lm.config import ConfigError, ModelConfig
 from lm.train.config import RunConfig
 
 ADDED = {
-    "": {"mat"},
-    "log": {"spectra"},
+    "": {"init", "mat", "sd"},
+    "log": {"spectra", "experts"},
+    "model": {
+        *("adapter", "moe"),
+        *("rope_theta_local", "positions", "norm", "norm_position", "norm_unit_offset"),
+        *("qk_norm_full", "query_pre_attn_scalar", "attention_soft_cap", "embedding_scale"),
+    },
     "optim": {
         *("rank_ratio", "min_rank", "rank", "power_iters", "nesterov", "normalization"),
         *("tasks", "joint_tasks", "sequential_tasks", "dominance_decay"),
@@ -32,6 +37,11 @@ def config_from_dict(values: dict[str, Any]) -> RunConfig:
     what the dataclasses themselves refuse.
     """
     return _build(RunConfig, values, "")
+
+
+def model_from_dict(values: dict[str, Any]) -> ModelConfig:
+    """The `ModelConfig` that `config_to_dict` wrote; errors as those of `config_from_dict`."""
+    return _build(ModelConfig, values, "model")
 
 
 def flatten(config: Any, prefix: str = "") -> dict[str, Any]:

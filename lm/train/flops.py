@@ -5,21 +5,27 @@ rematerialization repeats, no optimizer, no elementwise work. A multiply-add is 
 """
 
 from lm.config import ConfigError, ModelConfig
+from lm.layers import moe_heads
+from lm.layers.adapters import layer_size
 
 # Matrices of d_model x d_ff in one MLP.
-MLP_MATRICES = {"swiglu": 3, "gelu": 2}
+MLP_MATRICES = {"swiglu": 3, "geglu": 3, "gelu": 2}
 
 
-def parameter_count(config: ModelConfig) -> int:
+def parameter_count(config: ModelConfig, active: bool = False) -> int:
     """Parameters of the whole decoder; tied embeddings once.
 
-    Raises `ConfigError` for an MLP kind whose shapes are not known here (expert layers).
+    `active`: only those that one token meets, its top_k experts of a layer instead of all.
+
+    Raises `ConfigError` for an MLP kind whose shapes are not known here.
     """
     d, f = config.d_model, config.d_ff
     heads, kv_heads = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
-    if config.mlp not in MLP_MATRICES:
+    if config.mlp not in (*MLP_MATRICES, "moe"):
         raise ConfigError(f"no parameter count for model.mlp {config.mlp!r}")
-    per_layer = _layer_matmul_parameters(config) + 2 * d  # two norms
+    norm = (2 if config.norm == "layer" else 1) * d
+    per_layer = _layer_matmul_parameters(config, active)
+    per_layer += norm * (4 if config.norm_position == "both" else 2)
     if config.qkv_bias:
         per_layer += heads + 2 * kv_heads
     if config.attention_out_bias:
@@ -27,9 +33,13 @@ def parameter_count(config: ModelConfig) -> int:
     if config.mlp_bias:
         per_layer += (MLP_MATRICES[config.mlp] - 1) * f + d
     if config.qk_norm:
-        per_layer += 2 * config.head_dim
+        widths = heads + kv_heads if config.qk_norm_full else 2 * config.head_dim
+        per_layer += (2 if config.norm == "layer" else 1) * widths
     embeddings = config.vocab_size * d * (1 if config.tie_embeddings else 2)
-    return config.num_layers * per_layer + embeddings + d  # the last norm
+    if config.positions == "learned":
+        embeddings += config.max_context * d
+    per_layer += layer_size(config).total
+    return config.num_layers * per_layer + embeddings + norm  # the last norm
 
 
 def model_flops_per_token(config: ModelConfig, sequence_length: int, causal: bool) -> float | None:
@@ -37,13 +47,15 @@ def model_flops_per_token(config: ModelConfig, sequence_length: int, causal: boo
 
         6 N + 12 H Dh sum_layers(keys)
 
-    with N the weights that a token is multiplied by (attention, MLP and head, tied or not; not the
-    embedding's lookup), H = num_heads, Dh = head_dim, and `keys` the mean number of keys that a
-    query attends to. `causal=False` counts the full square, keys = sequence_length in every layer
-    (the convention of PaLM, levanter, torchtitan); `causal=True` counts what the mask and the
-    sliding windows leave. Boundaries of packed documents are not counted.
+    with N the weights that a token is multiplied by (attention, MLP and head, tied or not; of
+    experts those it is routed to and the shared ones, capacity aside; not the embedding's lookup),
+    H = num_heads, Dh = head_dim, and `keys` the mean number of keys that a query attends to.
+    `causal=False` counts the full square, keys = sequence_length in every layer (the convention of
+    PaLM, levanter, torchtitan); `causal=True` counts what the mask and the sliding windows leave.
+    Boundaries of packed documents are not counted. Beside adapters, frozen weights count 4 N: they
+    have no gradient of their own.
     """
-    if config.mlp not in MLP_MATRICES:
+    if config.mlp not in (*MLP_MATRICES, "moe"):
         return None
     weights = config.num_layers * _layer_matmul_parameters(config)
     weights += config.vocab_size * config.d_model
@@ -52,6 +64,8 @@ def model_flops_per_token(config: ModelConfig, sequence_length: int, causal: boo
     for layer in range(config.num_layers):
         window = windows[layer % len(windows)]
         keys += mean_keys(sequence_length, window) if causal else sequence_length
+    if config.adapter.kind != "none":  # frozen weights have no gradient, adapters have
+        weights = weights * 4 / 6 + config.num_layers * layer_size(config).active
     return 6.0 * weights + 12.0 * config.num_heads * config.head_dim * keys
 
 
@@ -64,10 +78,22 @@ def utilization(
     return flops_per_token * tokens_per_second / (devices * peak)
 
 
-def _layer_matmul_parameters(config: ModelConfig) -> int:
+def _layer_matmul_parameters(config: ModelConfig, active: bool = True) -> int:
     d, head_dim = config.d_model, config.head_dim
     attention = 2 * d * head_dim * (config.num_heads + config.num_kv_heads)  # q and o, k and v
-    return attention + MLP_MATRICES[config.mlp] * d * config.d_ff
+    if config.mlp != "moe":
+        return attention + MLP_MATRICES[config.mlp] * d * config.d_ff
+    moe = config.moe
+    if moe.kind != "token":
+        return attention + getattr(moe_heads.size(config), "active" if active else "total")
+    expert = MLP_MATRICES[moe.activation] * d * config.d_expert
+    router = d * moe.experts
+    if active:
+        return attention + router + (moe.top_k + moe.shared) * expert
+    # What is held but multiplies nothing: selection biases; common matrices, added to the experts.
+    bias = moe.experts if moe.bias_rate else 0
+    common = expert if moe.sd_rank else 0
+    return attention + router + bias + common + (moe.experts + moe.shared) * expert
 
 
 def mean_keys(length: int, window: int | None) -> float:

@@ -1,16 +1,19 @@
-"""A trained model from a run folder or one of its checkpoints, without the optimizer."""
+"""A trained model without the optimizer: from a run folder, one of its checkpoints, or a Hugging
+Face folder."""
 
+import dataclasses
 from pathlib import Path
 from typing import NamedTuple
 
 import jax
 
-from lm import model
-from lm.config import ConfigError
+from lm import hf, model
+from lm.config import ConfigError, check
 from lm.data import load_tokenizer
 from lm.data.tokenizer import Tokenizer
+from lm.hf.tokenizer import check_vocabulary, prompt_ids
 from lm.train.checkpoint import Checkpoints
-from lm.train.config import RunConfig
+from lm.train.config import DataConfig, RunConfig
 from lm.train.folder import load_run_config
 
 
@@ -21,6 +24,22 @@ class LoadedRun(NamedTuple):
     params: model.Params
     step: int
     tokenizer: Tokenizer
+    prefix: list[int] | None = None
+    """Tokens in front of a prompt; None is the tokenizer's separator."""
+
+
+def run_config(path: str | Path) -> RunConfig:
+    """The configuration of the run that `path` is or lies in, or one made for a Hugging Face
+    folder: its model, its tokenizer, and no text."""
+    if not hf.is_hf(path):
+        return load_run_config(locate(path)[0])
+    found = hf.load_config(path)
+    return RunConfig(
+        recipe="",
+        model=found,
+        data=DataConfig(tokenizer=str(path)),
+        sequence_length=min(1024, found.max_context),
+    )
 
 
 def locate(path: str | Path) -> tuple[Path, int | None]:
@@ -33,17 +52,21 @@ def locate(path: str | Path) -> tuple[Path, int | None]:
     return (path.parent if path.name == "checkpoints" else path), None
 
 
-def load_run(path: str | Path, step: int | None = None) -> LoadedRun:
+def load_run(path: str | Path, step: int | None = None, dtype: str | None = None) -> LoadedRun:
     """Configuration and parameters, on the first device.
 
     Args:
-      path: run folder, its `checkpoints` folder, or one checkpoint in it.
+      path: run folder, its `checkpoints` folder, one checkpoint in it, or a Hugging Face folder.
       step: checkpoint to take; None is the one that `path` names, or the newest good one.
+      dtype: of the parameters and activations of a Hugging Face folder; None keeps its own.
 
     Raises:
       ConfigError: no run there, or its tokenizer is not the one that it was trained with.
       CheckpointError: no good checkpoint.
     """
+    if hf.is_hf(path):
+        return _load_hf(path, step, dtype)
+    check(dtype is None, "dtype is for Hugging Face folders: a run has its own")
     folder, named = locate(path)
     config = load_run_config(folder)
     here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
@@ -61,3 +84,13 @@ def load_run(path: str | Path, step: int | None = None) -> LoadedRun:
             "changed since): bring the old file back"
         )
     return LoadedRun(config, state["params"], found, tokenizer)
+
+
+def _load_hf(path: str | Path, step: int | None, dtype: str | None) -> LoadedRun:
+    check(step is None, f"{path} is a Hugging Face folder: it has no step {step}")
+    config = run_config(path)
+    tokenizer = load_tokenizer(str(path))
+    check_vocabulary(tokenizer, str(path), config.model.vocab_size)
+    found, params = hf.load(path, dtype)
+    config = dataclasses.replace(config, model=found)
+    return LoadedRun(config, params, 0, tokenizer, prompt_ids(path))

@@ -19,11 +19,14 @@ from lm.config import ConfigError
 from lm.data import Loader, Prefetcher, eval_batches, load_tokenizer, open_stores, to_global
 from lm.generate import Sampling, continue_text
 from lm.layers import attention
+from lm.layers.adapters import partition
 from lm.train.checkpoint import Checkpoints
 from lm.train.checkpoint_checks import differing_fields
 from lm.train.config import RunConfig
 from lm.train.evaluation import EvalResult, evaluate
+from lm.train.expert_log import ExpertLog
 from lm.train.folder import RunFolder
+from lm.train.init import find_source, initial_params
 from lm.train.modular import Refresher, make_run_optimizer
 from lm.train.multitask import with_tasks
 from lm.train.profiler import Profiler
@@ -83,6 +86,8 @@ class Trainer:
                 f"{config.model.vocab_size}: raise it to at least that"
             )
         self.tokenizer = tokenizer
+        if config.init.from_run and not config.resume:
+            find_source(config)  # before a folder is made
         self.folder = RunFolder(config)
         self.config = config = self.folder.config
         self.path = self.folder.path
@@ -133,6 +138,7 @@ class Trainer:
         )
         self.refresher = Refresher(config, self.loader, self.mesh, self.quantization)
         self.spectra = SpectrumLog(config)
+        self.experts = ExpertLog(config)
         self.quant_log = QuantLog(config, self.quantization)
         if not self.folder.resuming:
             self.folder.write_config()
@@ -166,7 +172,17 @@ class Trainer:
         shardings = jax.tree.map(lambda leaf: leaf.sharding, self.abstract)
         with jax.set_mesh(self.mesh):
             init = jax.jit(lambda: init_state(self.config, self.tx), out_shardings=shardings)
-            return 0, init()
+            state = init()
+        if self.config.init.from_run or self.config.init.from_hf:
+            params = initial_params(self.config, self.abstract.params, state.params)
+            # An optimizer's state can depend on the parameters (SD-MoE keeps bases of theirs).
+            anew = jax.jit(
+                lambda params: self.tx.init(partition(self.config.model, params)[1]),
+                out_shardings=shardings.opt_state,
+            )
+            with jax.set_mesh(self.mesh):
+                state = dataclasses.replace(state, params=params, opt_state=anew(params))
+        return 0, state
 
     def _data_identity(self) -> dict[str, Any]:
         return {
@@ -276,6 +292,7 @@ def _run(trainer: Trainer, reporter: Reporter) -> None:
         evaluate()  # a run that was told to stop after this step had no time for it
     refresher.prepare(trainer.state)
     spectra.prepare(trainer.state)
+    trainer.experts.prepare(trainer.state)
     prefetch = Prefetcher(trainer.batch, trainer.start, config.data.prefetch)
     with prefetch, StopSignals() as signals, Profiler(config, trainer.path) as profiler:
         for step in range(trainer.start, last):
@@ -289,6 +306,7 @@ def _run(trainer: Trainer, reporter: Reporter) -> None:
             before = spectra.before(trainer.state, step)
             trainer.state, metrics = trainer.train_step(trainer.state, batch)
             occasional |= spectra.after(trainer.state, step, before)
+            occasional |= trainer.experts.after(trainer.state, step)
             done = step + 1
             pending.append((done, metrics, occasional))
             # The device is busy with this step while the host reads the one before.

@@ -23,7 +23,7 @@ from lm.sharding import replicated
 from lm.train.config import RunConfig
 from lm.train.flops import MLP_MATRICES, mean_keys
 from lm.train.guard import GuardState
-from lm.train.optimizer import make_optimizer
+from lm.train.optimizer import make_optimizer, over_experts
 from lm.train.quantization import Products, plug_at
 from lm.train.state import TrainState
 
@@ -31,9 +31,13 @@ from lm.train.state import TrainState
 def make_run_optimizer(
     config: RunConfig, schedule: optax.Schedule | None = None
 ) -> tuple[optax.GradientTransformation, optax.Schedule]:
-    """`make_optimizer` of a run's configuration; optim.name mat wraps that of mat.base."""
+    """`make_optimizer` of a run's configuration, around decomposed experts where there are any.
+
+    optim.name mat wraps that of mat.base.
+    """
     if config.optim.name != "mat":
-        return make_optimizer(config.optim, config.steps, schedule)
+        tx, schedule = make_optimizer(config.optim, config.steps, schedule)
+        return over_experts(config, tx), schedule
     if config.mat.base in ("mat", "adatask"):
         raise ConfigError(f"mat.base cannot be {config.mat.base}: name another optimizer")
     base = dataclasses.replace(config.optim, name=config.mat.base)

@@ -3,6 +3,7 @@
 A new optimizer is one function and one row in `OPTIMIZERS`.
 """
 
+import dataclasses
 import difflib
 from collections.abc import Callable
 from typing import Any
@@ -10,9 +11,10 @@ from typing import Any
 import jax
 import optax
 
+import moe
 import optim
 from lm.config import ConfigError
-from lm.train.config import OptimConfig
+from lm.train.config import OptimConfig, RunConfig
 from lm.train.multitask import clip_tasks
 from lm.train.stacked import over_layers
 
@@ -31,6 +33,8 @@ def parameter_labels(params: Any) -> Labels:
         names = [entry.key for entry in path]
         if names[0] in ("embedding", "head"):
             return names[0]
+        if names[0] == "position_embedding":
+            return "embedding"
         if names[-1] == "scale":
             return "norm"
         if names[-1] == "bias":
@@ -178,6 +182,19 @@ OPTIMIZERS: dict[str, Callable[[OptimConfig, optax.Schedule], optax.GradientTran
     "spectra": _spectra,
     "adatask": _adatask,
 }
+
+
+def over_experts(
+    config: RunConfig, tx: optax.GradientTransformation
+) -> optax.GradientTransformation:
+    """`tx` around decomposed experts (`moe.sd_moe`) where model.moe.sd_rank asks for them.
+
+    Clipping is a part of `tx`, so it goes by the norm of the decomposed gradients.
+    """
+    rank = config.model.moe.sd_rank if config.model.mlp == "moe" else 0
+    if not rank:
+        return tx
+    return moe.sd_moe(tx, rank, **dataclasses.asdict(config.sd))
 
 
 def make_optimizer(

@@ -6,11 +6,13 @@ the backward pass as gradients of those arguments (see `quant.dot_general`).
 """
 
 import dataclasses
-from typing import Any
+import functools
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
+import moe
 import quant
 from lm import model
 from lm.config import ConfigError
@@ -19,6 +21,19 @@ from lm.train.config import RunConfig
 
 Bases = dict[str, quant.Bases]
 """By the name of a site, stacked over layers."""
+
+
+EXPERTS = "layers.mlp.experts"
+"""Site of the grouped products of routed experts (`lm.layers.moe`)."""
+
+
+class ExpertProducts(NamedTuple):
+    """What an expert layer asks of a plug."""
+
+    grouped: dict[str, quant.Grouped]
+    """By matrix: "gate", "up", "down"."""
+    align: int
+    """Every expert's rows begin at a multiple of this."""
 
 
 class Quantization:
@@ -86,7 +101,8 @@ class Quantization:
                 found[site.name] = w.shape
                 return jax.lax.dot_general(x, w, dims)
 
-            return dot_general if self.rules.quantized(site.name) else None
+            known = self.rules.quantized(site.name) and site.name != EXPERTS
+            return dot_general if known else None
 
         config = self._config
         shape = config.batch_size // config.micro_batches, config.sequence_length
@@ -124,11 +140,14 @@ class Quantization:
             if enabled is False:
                 return None
             layer = 0 if site.layer is None else site.layer
+            key = quant.fold_seed(seed, site.name, layer)
+            if site.name == EXPERTS:
+                return self._experts(key, enabled)
             mine = lambda tree: jax.tree.map(lambda leaf: leaf[layer], tree)  # noqa: E731
             state = mine(bases[site.name]) if bases and site.name in bases else None
             return quant.dot_general(
                 self.recipe,
-                key=quant.fold_seed(seed, site.name, layer),
+                key=key,
                 state=state,
                 step=step,
                 enabled=enabled,
@@ -136,6 +155,20 @@ class Quantization:
             )
 
         return plug
+
+    def _experts(self, key: quant.Seed, enabled) -> "ExpertProducts":
+        options = dict(implementation=self._config.model.moe.implementation)
+        products = {
+            name: quant.grouped_matmul(
+                self.recipe,
+                functools.partial(moe.grouped_matmul, **options),
+                functools.partial(moe.grouped_outer, **options),
+                key=quant.fold_seed(key, name),
+                enabled=enabled,
+            )
+            for name in ("gate", "up", "down")
+        }
+        return ExpertProducts(products, quant.row_multiple(self.recipe))
 
     def for_evaluation(self) -> Plug | None:
         """The products of an evaluation, the same at every one; None for high precision."""

@@ -174,6 +174,7 @@ class Reporter:
             bits_per_byte=evaluations[-1]["eval_bits_per_byte"] if evaluations else None,
             tokens_per_second=rate,
             params=flops.parameter_count(config.model),
+            active_params=flops.parameter_count(config.model, active=True),
             steps=config.steps,
             tokens=config.steps * self._tokens_per_step,
             seconds=time.monotonic() - self._began,

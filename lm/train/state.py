@@ -10,6 +10,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Int
 
 from lm import model
+from lm.layers.adapters import partition
 from lm.sharding import replicated
 from lm.train.config import RunConfig
 from lm.train.guard import GuardState, init_guard
@@ -36,7 +37,7 @@ def init_state(config: RunConfig, tx: optax.GradientTransformation) -> TrainStat
     return TrainState(
         step=jnp.zeros((), jnp.int32),
         params=params,
-        opt_state=tx.init(params),
+        opt_state=tx.init(partition(config.model, params)[1]),
         guard=init_guard(config.guard),
         quant=quantization.init() if (quantization := make_quantization(config)) else {},
     )
@@ -53,7 +54,8 @@ def state_shardings(config: RunConfig, tx: optax.GradientTransformation, mesh: M
     everywhere = replicated(mesh)
     optimizer = config.mat.base if config.optim.name == "mat" else config.optim.name
     abstract = jax.eval_shape(lambda: init_state(config, tx))
-    shapes = jax.tree.map(lambda leaf: leaf.shape, model.abstract_params(config.model))
+    _, trained = partition(config.model, model.abstract_params(config.model))
+    shapes = jax.tree.map(lambda leaf: leaf.shape, trained)
     masked = lambda leaf: isinstance(leaf, optax.MaskedNode)  # noqa: E731
 
     def place(leaf, sharding, shape):
@@ -69,7 +71,7 @@ def state_shardings(config: RunConfig, tx: optax.GradientTransformation, mesh: M
         tx,
         place,
         abstract.opt_state,
-        model.shardings(config.model, mesh),
+        partition(config.model, model.shardings(config.model, mesh))[1],
         shapes,
         transform_non_params=lambda leaf: everywhere,
         is_leaf=masked,

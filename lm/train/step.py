@@ -9,6 +9,8 @@ import jax.numpy as jnp
 import optax
 
 from lm import model
+from lm.layers import moe
+from lm.layers.adapters import join, partition
 from lm.layers.linear import Plug, Site
 from lm.loss import cross_entropy
 from lm.train.config import RunConfig
@@ -69,8 +71,9 @@ def make_train_step(
     `products`: of the linear layers, see `lm.train.quantization`.
     """
 
-    def loss_fn(differentiated, batch, tokens, active, step, micro=0):
-        params, bases = differentiated
+    def loss_fn(differentiated, frozen, batch, tokens, active, step, micro=0):
+        trained, bases = differentiated
+        params = join(frozen, trained)
         plug = plug_at(products, step, micro, bases=bases)
         total, auxiliary = loss_sum(config, params, batch, plug, active)
         loss = total / tokens
@@ -84,10 +87,12 @@ def make_train_step(
     # The "gradient" of the bases is the new bases.
     grad_fn = jax.value_and_grad(loss_fn, has_aux=True)
 
-    def gradient(params, bases, batch, active, step):
+    def gradient(params, bases, frozen, batch, active, step):
         tokens = jnp.maximum(jnp.sum(batch["weights"]), 1.0)
         if config.micro_batches == 1:
-            (_, (loss, auxiliary)), grads = grad_fn((params, bases), batch, tokens, active, step)
+            (_, (loss, auxiliary)), grads = grad_fn(
+                (params, bases), frozen, batch, tokens, active, step
+            )
             return loss, *grads, auxiliary
 
         # Micro-batch m takes rows m, m + M, ...: every device splits the rows it holds already.
@@ -98,7 +103,7 @@ def make_train_step(
         def accumulate(carry, indexed):
             (total_loss, total, bases), (micro, index) = carry, indexed
             (_, (loss, auxiliary)), (grads, bases) = grad_fn(
-                (params, bases), micro, tokens, active, step, index
+                (params, bases), frozen, micro, tokens, active, step, index
             )
             total = jax.tree.map(lambda total, g: total + g.astype(total.dtype), total, grads)
             return (total_loss + loss, total, bases), auxiliary
@@ -115,23 +120,27 @@ def make_train_step(
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         extra = {}
         bases = state.quant
+        frozen, trained = partition(config.model, state.params)
         if tasks:
             total = functools.partial(loss_sum, config, plug=plug_at(products, state.step))
             per_task = make_task_gradient(config, total)
             loss, grads, auxiliary, extra["present"] = per_task(state.params, batch)
         else:
             active = branch_flags(config, state.opt_state)
-            loss, grads, bases, auxiliary = gradient(state.params, bases, batch, active, state.step)
+            loss, grads, bases, auxiliary = gradient(
+                trained, bases, frozen, batch, active, state.step
+            )
         norms = group_norms(summed(grads) if tasks else grads)
         grad_norm = total_norm(norms)
         ok, guard = judge(config.guard, state.guard, loss, grad_norm)
         with jax.named_scope("optimizer"):
-            updates, opt_state = tx.update(grads, state.opt_state, state.params, **extra)
-            params = optax.apply_updates(state.params, updates)
+            updates, opt_state = tx.update(grads, state.opt_state, trained, **extra)
+            params = optax.apply_updates(trained, updates)
+            params = moe.balance(config.model, params, auxiliary)
         # A refused step leaves parameters and optimizer as they were, at the cost of a select
         # that fuses into the update.
         keep = lambda new, old: jnp.where(ok, new, old)  # noqa: E731
-        params = jax.tree.map(keep, params, state.params)
+        params = jax.tree.map(keep, params, trained)
         opt_state = jax.tree.map(keep, opt_state, state.opt_state)
         bases = jax.tree.map(keep, bases, state.quant)
         update_norms = group_norms(updates)
@@ -148,10 +157,11 @@ def make_train_step(
             **{f"grad_norm/{group}": norm for group, norm in norms.items()},
             **{f"param_norm/{group}": norm for group, norm in param_norms.items()},
             **{f"update_norm/{group}": norm for group, norm in update_norms.items()},
-            **{name: jnp.sum(value) for name, value in auxiliary.items()},
+            **moe.metrics(auxiliary),
             **dominance(config, opt_state),
             **step_metrics(config, opt_state),
         }
+        params = join(frozen, params)
         return TrainState(state.step + 1, params, opt_state, guard, bases), metrics
 
     return step

@@ -36,12 +36,14 @@ def make_summary(
     device_kind: str,
     devices: int,
     train_words: Sequence[str],
+    active_params: int | None = None,
 ) -> dict[str, Any]:
     """The content of summary.json.
 
     `final_loss` and `eval_loss` are in nats per token, `bits_per_byte` is that of the held-out
     data, `tokens_per_second` counts training alone, `seconds` everything. `train_words` are the
-    words after train.py that describe the run (`lm.cli.args.run_flags`).
+    words after train.py that describe the run (`lm.cli.args.run_flags`). `active_params`, of which
+    a token meets those of its experts, is given where it differs from `params`.
     """
     out = Path(out)
     words = [w for w in train_words if not w.startswith("--out=") and w != "--resume"]
@@ -52,6 +54,7 @@ def make_summary(
         "bits_per_byte": bits_per_byte,
         "tokens_per_second": tokens_per_second,
         "params": params,
+        **({} if active_params in (None, params) else {"active_params": active_params}),
         "steps": steps,
         "tokens": tokens,
         "seconds": seconds,
@@ -93,8 +96,10 @@ def render_summary(summary: Mapping[str, Any]) -> str:
     """A summary as one screen of plain text: result, where everything lies, how to go on."""
     skipped = summary["skipped_steps"]
     devices = f"{summary['devices']} x {summary['device_kind']}"
+    active = summary.get("active_params")
+    active = f" ({active:,} active)" if active else ""
     facts = [
-        ("recipe", f"{summary['recipe']}, {summary['params']:,} parameters, on {devices}"),
+        ("recipe", f"{summary['recipe']}, {summary['params']:,} parameters{active}, on {devices}"),
         (
             "trained",
             f"{summary['steps']:,} steps, {summary['tokens']:,} tokens in "
