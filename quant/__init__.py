@@ -21,8 +21,12 @@ from quant.formats import FP8 as FP8
 from quant.formats import MXFP4 as MXFP4
 from quant.formats import MXFP8 as MXFP8
 from quant.formats import NVFP4 as NVFP4
+from quant.formats import NVFP4_ADAPTIVE as NVFP4_ADAPTIVE
 from quant.formats import Element as Element
 from quant.formats import Format as Format
+from quant.grouped import Grouped as Grouped
+from quant.grouped import grouped_matmul as grouped_matmul
+from quant.grouped import row_multiple as row_multiple
 from quant.hadamard import TE_SIGNS as TE_SIGNS
 from quant.hadamard import hadamard as hadamard
 from quant.hadamard import inverse_hadamard as inverse_hadamard
@@ -44,3 +48,6 @@ from quant.rounding import fold_key as fold_key
 from quant.rounding import fold_seed as fold_seed
 from quant.rules import NVIDIA as NVIDIA
 from quant.rules import Rules as Rules
+from quant.split_weights import SplitWeight as SplitWeight
+from quant.split_weights import merge_weights as merge_weights
+from quant.split_weights import split_weights as split_weights

@@ -65,7 +65,7 @@ def spike_share(x: jax.Array, *, center: bool, rank: float = 0.015) -> jax.Array
     """Energy of the leading `rank` of directions over that of all, by a randomized SVD."""
     x = x.astype(jnp.float32)
     if center:
-        x = x - jnp.mean(x, 0)
+        x = x - jnp.mean(x, 0, keepdims=True)
     columns = max(1, round(rank * min(x.shape)))
     # Weights are the tensor whose every row is used.
     basis = basis_of(_PLAIN, "w", x, jax.random.key(0), columns)

@@ -77,6 +77,9 @@ class Format:
       underflow: what an E4M3 scale that rounds to zero becomes. "zero": it stays zero, and so does
         the block (Transformer Engine); "floor": all scales are at least 2**-6, the smallest normal
         number (torchao); "one": zero becomes 1 (Quartet II).
+      adaptive: "four over six", for nearest rounding: a block's largest magnitude becomes 6 or 4,
+        whichever has the smaller squared error, because between 4 and 6 the grid has nothing
+        (mit-han-lab/fouroversix; forward pass of Quartet II, arXiv 2601.22813).
     """
 
     name: str
@@ -86,6 +89,7 @@ class Format:
     rule: Rule = "nearest"
     tensor_scale: bool = False
     underflow: Underflow = "zero"
+    adaptive: bool = False
 
     def __post_init__(self):
         if (self.block is None) != (self.scale is None):
@@ -113,6 +117,11 @@ class Format:
                     f"format '{self.name}': {self.scale} scales need no tensor scale; "
                     "set tensor_scale=False"
                 )
+        if self.adaptive and (self.element.name, self.scale) != ("e2m1", "e4m3"):
+            raise ValueError(
+                f"format '{self.name}': adaptive chooses between 6 and 4 with an E4M3 scale; "
+                f"{self.element.name} with {self.scale} scales has no such choice"
+            )
         if self.underflow not in ("zero", "floor", "one"):
             raise ValueError(
                 f"format '{self.name}': unknown underflow {self.underflow!r}; "
@@ -154,6 +163,10 @@ class Format:
 
 NVFP4 = Format("nvfp4", E2M1, 16, "e4m3", "nearest", tensor_scale=True)
 """NVIDIA's FP4: blocks of 16, E4M3 scales, one FP32 scale for the tensor; arXiv 2509.25149, B."""
+NVFP4_ADAPTIVE = Format(
+    "nvfp4_adaptive", E2M1, 16, "e4m3", "nearest", tensor_scale=True, adaptive=True
+)
+"""NVFP4 whose blocks use the grid up to 6 or up to 4; any NVFP4 hardware multiplies it."""
 MXFP4 = Format("mxfp4", E2M1, 32, "e8m0", "ceil")
 """OCP microscaling FP4: blocks of 32, power-of-two scales. "ceil" is NVIDIA's choice (2509.25149
 B.4); OCP's own rule is "floor"."""

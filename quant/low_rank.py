@@ -104,8 +104,8 @@ def split(
         # Singular vectors in FP4, blocked along themselves; singular values (the norms) not.
         norm = jnp.linalg.norm(seen, axis=0, keepdims=True)
         unit = seen / jnp.where(norm > 0, norm, 1)
-        left = (_along(unit, operand, keys[0]) * norm).astype(jnp.bfloat16)
-        right = _along(basis, operand, keys[1]).astype(jnp.bfloat16)
+        left = (along(unit, operand, keys[0]) * norm).astype(jnp.bfloat16)
+        right = along(basis, operand, keys[1]).astype(jnp.bfloat16)
         if low_rank.factors == "fp4_feedback":
             subtract = left, right
     dims = (((1,), (1,)), ((), ()))
@@ -113,7 +113,8 @@ def split(
     return left, right, (x.astype(jnp.float32) - low).astype(x.dtype)
 
 
-def _along(vectors: jax.Array, operand: Operand, key: Key | None) -> jax.Array:
+def along(vectors: jax.Array, operand: Operand, key: Key | None) -> jax.Array:
+    """Vectors [length, k], quantized in blocks along their length."""
     return fake_quant(
         vectors,
         operand.fmt,

@@ -3,11 +3,11 @@
     x = 1 mu^T + left right^T + residual          `take_out`, once for each tensor
     residual = scale * values                      `prepare`, once for each product
 
-`values` are element times block scale: at most seven significant bits, exact in bfloat16, so the
+`values` are element times block scale: at most six significant bits, exact in bfloat16, so the
 product of two quantized operands is one bfloat16 product, summed in float32, times two scalars.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +15,8 @@ from jax import lax
 
 from quant import low_rank as lr
 from quant.hadamard import TE_SIGNS, hadamard
-from quant.quantize import fake_quant, quantize_values
+from quant.native import Packed, pack
+from quant.quantize import fake_quant, quantize, quantize_values
 from quant.recipe import Operand, Recipe
 from quant.rounding import Key, Seed, fold_seed, random_bits
 
@@ -39,12 +40,15 @@ class Side(NamedTuple):
     scale: jax.Array | None
     axis: int
     mean: jax.Array | None
+    """[cols], transformed like the values where cols are contracted."""
     ones: jax.Array | None
     """What the mean's column of ones has become under the transform; None if it is all ones."""
     inner: jax.Array | None
     """[contracted, k]: the factor along the contracted axis (transformed like the values)."""
     outer: jax.Array | None
     """[other axis, k]."""
+    packed: Packed | None = None
+    """`values` once more, for a product on the hardware's own units."""
 
 
 def role_key(key: Key | None, role: str) -> Seed | None:
@@ -58,7 +62,7 @@ def basis_of(recipe: Recipe, tensor: str, x: jax.Array, key: Key | None, rank: i
     if low_rank is None or not getattr(low_rank, tensor) or rank == 0:
         return None
     if (mean := _mean(recipe, tensor, x)) is not None:
-        x = (x.astype(jnp.float32) - mean).astype(x.dtype)
+        x = (x.astype(jnp.float32) - mean[None]).astype(x.dtype)
     assert key is not None
     basis_key = fold_seed(key, f"basis.{tensor}")
     return lr.leading_basis(x, rank, low_rank, basis_key, all_rows=tensor == "w")
@@ -67,7 +71,7 @@ def basis_of(recipe: Recipe, tensor: str, x: jax.Array, key: Key | None, rank: i
 def _mean(recipe: Recipe, tensor: str, x: jax.Array) -> jax.Array | None:
     if recipe.mean is None or tensor == "w" or not getattr(recipe.mean, tensor):
         return None
-    return jnp.mean(x, axis=0, dtype=jnp.float32)
+    return jnp.sum(x, axis=0, dtype=jnp.float32) / max(len(x), 1)  # no tokens: no NaN
 
 
 def take_out(
@@ -92,7 +96,7 @@ def take_out(
     mean, left, right = _mean(recipe, tensor, x), None, None
     if mean is not None:
         assert recipe.mean is not None
-        x = (x.astype(jnp.float32) - mean).astype(x.dtype)
+        x = (x.astype(jnp.float32) - mean[None]).astype(x.dtype)
         if recipe.mean.precision == "fp4":
             mean = fake_quant(
                 mean,
@@ -110,7 +114,13 @@ def take_out(
 
 
 def prepare(
-    recipe: Recipe, role: str, parts: Parts, axis: int, key: Key | None, sign_key=None
+    recipe: Recipe,
+    role: str,
+    parts: Parts,
+    axis: int,
+    key: Key | None,
+    sign_key: Key | None = None,
+    native: bool = False,
 ) -> Side:
     """Quantize the residual in blocks along `axis`, the contracted one.
 
@@ -118,6 +128,7 @@ def prepare(
       role: such as "fprop_x".
       key: of the call; the role is folded in here.
       sign_key: of random signs, the same for both operands of a product.
+      native: for `quant.native`.
     """
     operand: Operand | None = getattr(recipe, role)
     x, mean, left, right = parts
@@ -130,20 +141,23 @@ def prepare(
         turn = lambda t: transform(t, axis, size, recipe, sign_key)  # noqa: E731
         x = turn(x)
         if inner is not None:
-            inner = transform(inner, 0, size, recipe, sign_key).astype(jnp.bfloat16)
-        if mean is not None:
-            ones = jnp.ones((parts.residual.shape[axis], 1), jnp.float32)
+            inner = transform(inner, 0, size, recipe, sign_key)
+        if mean is not None and axis == 1:
+            mean = turn(mean[None])[0]
+        elif mean is not None:
+            ones = jnp.ones((len(parts.residual), 1), jnp.float32)
             ones = transform(ones, 0, size, recipe, sign_key)[:, 0]
-    values, scale = quantize_values(
-        x,
-        operand.fmt,
+    how: dict[str, Any] = dict(
         axis=axis,
         rounding=operand.rounding,
         key=role_key(key, role) if operand.rounding == "stochastic" else None,
         block_2d=operand.block_2d,
         sr_headroom=operand.sr_headroom,
     )
-    return Side(values, scale, axis, mean, ones, inner, outer)
+    values, scale = quantize_values(x, operand.fmt, **how)
+    # Under jit nothing is computed twice: what is unused of the two is dropped, the rest shared.
+    packed = pack(quantize(x, operand.fmt, **how)) if native else None
+    return Side(values, scale, axis, mean, ones, inner, outer, packed)
 
 
 def transform(x: jax.Array, axis: int, size: int, recipe: Recipe, sign_key) -> jax.Array:

@@ -12,22 +12,24 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental.layout import Layout, with_layout_constraint
 
+from quant.native import scaled_product
 from quant.operands import Side, skinny, vector_product
 
 
-def product(a: Side, b: Side, *, cross_terms: bool, exact_b: jax.Array | None = None) -> jax.Array:
+def product(a: Side, b: Side, *, cross_terms: bool, mean_row: jax.Array | None = None) -> jax.Array:
     """a b contracted along the axis of each, float32 [other axis of a, other axis of b].
 
     Args:
       a, b: as prepared. A mean is over the rows: of a in fprop and dgrad (it is contracted, and is
         one row to add), of both in wgrad (rows are contracted, and it is an outer product).
       cross_terms: in wgrad, keep the products of one's mean with the other's residual.
-      exact_b: multiply the mean of a with this instead of b; in b's layout.
+      mean_row: the mean of a times b, float32 [other axis of b], where it is not to be that of the
+        quantized b.
     """
     y = _with_factors(a, b)
     if a.axis == 1:
         if a.mean is not None:
-            return y + _mean_row(a.mean, b, exact_b)[None]
+            return y + (vector_product(a.mean, b) if mean_row is None else mean_row)[None]
         return y
     rows = a.values.shape[0]
     if a.mean is not None and b.mean is not None:
@@ -45,33 +47,51 @@ def _ones(side: Side, rows: int) -> jax.Array:
     return jnp.ones((rows,), jnp.float32) if side.ones is None else side.ones
 
 
-def _mean_row(mean: jax.Array, b: Side, exact_b: jax.Array | None) -> jax.Array:
-    if exact_b is None:
-        return vector_product(mean, b)
-    return skinny(mean[None], b._replace(values=exact_b, scale=None))[0]
-
-
 def _with_factors(a: Side, b: Side) -> jax.Array:
     scale = None
     for side in (a, b):
         if side.scale is not None:
             scale = side.scale if scale is None else scale * side.scale
+    if a.packed is not None and b.packed is not None:
+        return _native(a, b, scale)
     left, right = [a.values], [b.values]
-    inverse = jnp.float32(1) if scale is None else 1 / scale
+    inverse = jnp.float32(1) if scale is None else _inverse(scale)
     if a.inner is not None and a.outer is not None:
-        inner = a.inner.astype(jnp.float32)
-        through = skinny(inner.T, b)  # [k, other axis of b]
-        if b.inner is not None and b.outer is not None:
-            gram = inner.T @ b.inner.astype(jnp.float32)
-            through = through + gram @ b.outer.astype(jnp.float32).T
         left.append(a.outer)
-        right.append((through * inverse).T)
+        right.append((_through(a.inner, b) * inverse).T)
     if b.inner is not None and b.outer is not None:
         unscaled = a._replace(scale=None)
         left.append(skinny(b.inner.astype(jnp.float32).T, unscaled).T)
-        right.append(b.outer.astype(jnp.float32) * (1.0 if b.scale is None else 1 / b.scale))
+        right.append(b.outer * (jnp.float32(1) if b.scale is None else _inverse(b.scale)))
     y = dot(_join(left, a.axis), _join(right, b.axis), a.axis, b.axis)
     return y if scale is None else y * scale
+
+
+def _native(a: Side, b: Side, scale: jax.Array | None) -> jax.Array:
+    assert a.packed is not None and b.packed is not None
+    y = scaled_product(a.packed, b.packed)
+    y = y if scale is None else y * scale
+    if a.inner is not None and a.outer is not None:
+        y = y + dot(a.outer, _through(a.inner, b).astype(a.outer.dtype), 1, 0)
+    if b.inner is not None and b.outer is not None:
+        seen = skinny(b.inner.astype(jnp.float32).T, a)  # [k, other axis of a]
+        y = y + dot(seen.T.astype(b.outer.dtype), b.outer, 1, 1)
+    return y
+
+
+def _through(inner: jax.Array, b: Side) -> jax.Array:
+    """inner^T b with the factors of b: float32 [k, other axis of b]."""
+    inner = inner.astype(jnp.float32)
+    through = skinny(inner.T, b)
+    if b.inner is not None and b.outer is not None:
+        gram = inner.T @ b.inner.astype(jnp.float32)
+        through = through + gram @ b.outer.astype(jnp.float32).T
+    return through
+
+
+def _inverse(scale: jax.Array) -> jax.Array:
+    """1 / scale, and 0 where that overflows: such a product is zero in float32."""
+    return jnp.where(scale < 2.0**-120, 0.0, 1 / scale)
 
 
 def _join(columns: list[jax.Array], axis: int) -> jax.Array:

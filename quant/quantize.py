@@ -296,9 +296,26 @@ def _quantize(
     x = blocks.split(_as_float32(lax.stop_gradient(x)))
     scaled, scales, tensor_scale = scale_to_grid(x, fmt, blocks.inner, headroom)
     if key is None:
-        return round_nearest(scaled, fmt.element), scales, tensor_scale
+        values = round_nearest(scaled, fmt.element)
+        if fmt.adaptive:
+            values, scales = _adapt(x, values, scales, tensor_scale, plan)
+        return values, scales, tensor_scale
     random = random_bits(key, blocks.padded).reshape(blocks.cut)
     return round_stochastic(scaled, fmt.element, random), scales, tensor_scale
+
+
+def _adapt(x, values, scales, tensor_scale, plan: _Plan) -> tuple[jax.Array, jax.Array]:
+    """Values and scales, of blocks that are better off with 4 as their largest magnitude too."""
+    fmt, blocks, headroom = plan
+    scaled, wide, _ = scale_to_grid(x, fmt, blocks.inner, headroom, widen=fmt.element.max / 4)
+    others = round_nearest(scaled, fmt.element)
+
+    def error(values, scales):
+        back = values * scales if tensor_scale is None else values * scales * tensor_scale
+        return jnp.sum(jnp.square(back - x), blocks.inner, keepdims=True)
+
+    better = error(others, wide) < error(values, scales)
+    return jnp.where(better, others, values), jnp.where(better, wide, scales)
 
 
 def _as_float32(x: jax.Array) -> jax.Array:

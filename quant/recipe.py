@@ -53,7 +53,7 @@ class Operand:
             raise ValueError(f"Operand: hadamard must be one of {SIZES}, not {self.hadamard}")
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Mean:
     """Take the mean over tokens out of x and d (Averis, arXiv 2603.10444, section 2).
 
@@ -77,8 +77,16 @@ class Mean:
     weight: Literal["high", "quantized"] = "high"
     cross_terms: bool = False
 
+    def __post_init__(self):
+        for name, known in (("precision", ("high", "fp4")), ("weight", ("high", "quantized"))):
+            if getattr(self, name) not in known:
+                raise ValueError(
+                    f"Mean: {name} must be {' or '.join(map(repr, known))}, "
+                    f"not {getattr(self, name)!r}"
+                )
 
-@dataclasses.dataclass(frozen=True)
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class LowRank:
     """Take the leading singular directions out of x, w and d (Metis, arXiv 2509.00404).
 

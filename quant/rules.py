@@ -47,7 +47,8 @@ class Rules:
             return False
         if layer is None:
             return True
-        last = math.ceil(self.last * blocks) if self.last < 1 else int(self.last)
+        # 0.07 * 100 is a little above 7.
+        last = math.ceil(round(self.last * blocks, 6)) if self.last < 1 else int(self.last)
         low, high = self.first, blocks - last
         if isinstance(layer, int):
             return low <= layer < high

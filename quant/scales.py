@@ -13,7 +13,7 @@ _NAN = np.float32(np.nan)
 
 
 def scale_to_grid(
-    x: jax.Array, fmt: Format, inside: tuple[int, ...], headroom: float
+    x: jax.Array, fmt: Format, inside: tuple[int, ...], headroom: float, widen: float = 1.0
 ) -> tuple[jax.Array, jax.Array | None, jax.Array | None]:
     """The scales of an array, and the array divided by them.
 
@@ -22,13 +22,17 @@ def scale_to_grid(
       fmt: the format.
       inside: axes of x inside a block.
       headroom: widens the scales by this factor.
+      widen: widens block scales alone, of formats that are `adaptive`.
 
     Returns:
       x in units of the grid, clipped to its range; block scales, numbers of the scale type as
       float32, length 1 along `inside`, or None; tensor scale, a float32 scalar, or None.
     """
     top = np.float32(fmt.element.max)
-    amax = jnp.max(jnp.abs(x), inside, keepdims=True, initial=0.0)
+    # As integers, whose order is that of magnitudes with NaN on top: XLA:CPU's reduction of floats
+    # loses NaN in all but small arrays (jaxlib 0.12), and keeps what comes after from fusing.
+    bits = (bits_of(x) & np.uint32(0x7FFFFFFF)).astype(jnp.int32)
+    amax = float_of(jnp.max(bits, inside, keepdims=True, initial=0).astype(jnp.uint32))
     finite = jnp.isfinite(amax)
     if fmt.block is None:
         decode, encode = _tensor_scale(amax, fmt.element.max, headroom)
@@ -42,13 +46,15 @@ def scale_to_grid(
             encode = encode * np.float32(1 / headroom)
             decode = jnp.full((), headroom, jnp.float32)
     elif fmt.tensor_scale:
-        decode, tensor_encode = _tensor_scale(amax, fmt.element.max * E4M3.max, headroom)
-        wide = np.float32(headroom / fmt.element.max)
+        # Adaptive scales grow by 1.5 in some blocks: the largest is 256 * 1.5, an E4M3 number.
+        full = fmt.element.max * (256.0 if fmt.adaptive else E4M3.max)
+        decode, tensor_encode = _tensor_scale(amax, full, headroom)
+        wide = np.float32(headroom * widen / fmt.element.max)
         scales = _e4m3_scale(amax * (tensor_encode * wide), fmt)
         encode = _reciprocal(scales * decode)
     else:
         decode = None
-        scales = amax * np.float32(headroom / fmt.element.max)
+        scales = amax * np.float32(headroom * widen / fmt.element.max)
         if fmt.scale == "e4m3":
             scales = _e4m3_scale(scales, fmt)
         encode = _reciprocal(scales)
