@@ -1,6 +1,7 @@
 """What an expert layer is: `--model.moe.*`, read where `model.mlp` is "moe" (`lm.layers.moe`)."""
 
 import dataclasses
+import math
 from typing import Literal
 
 from lm.checks import check, check_positive
@@ -62,7 +63,7 @@ class MoEConfig:
                 check_positive(self, name)
         for name in ("shared", "sd_rank", "balance_weight", "z_weight", "bias_rate"):
             value = getattr(self, name)
-            check(value >= 0, f"model.moe.{name} must be 0 or more, got {value}")
+            check(0 <= value < math.inf, f"model.moe.{name} must be 0 or more, got {value}")
         for name, known in (
             ("activation", ("swiglu", "gelu")),
             ("scoring", ("softmax", "sigmoid")),

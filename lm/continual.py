@@ -199,7 +199,8 @@ def _optimizer(config: RunConfig, peak) -> optax.GradientTransformation:
         weight_decay=config.optim.weight_decay,
         mask=decay_mask,
     )
-    return optax.chain(optax.clip_by_global_norm(config.optim.clip), adamw)
+    clip = config.optim.clip
+    return optax.chain(optax.clip_by_global_norm(clip), adamw) if clip else adamw
 
 
 def penalty(method: Method, memory: Any, trained: model.Params) -> jax.Array:

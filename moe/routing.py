@@ -95,14 +95,14 @@ def route(
     if groups_kept < groups:
         ranked = _within_groups(ranked, groups, groups_kept, best=1 if softmax else 2)
     indices = jax.lax.top_k(ranked, k)[1].astype(jnp.int32)
-    if order == "topk_softmax":
-        weights = jax.nn.softmax(_pick(logits, indices), axis=-1)
+    chosen = _pick(logits, indices)
+    if softmax and (normalize or order == "topk_softmax"):
+        weights = jax.nn.softmax(chosen, axis=-1)  # exp(logits) over their sum, in either case
+    elif normalize:
+        # Sigmoids over their sum, by their logarithms: those that are 0 in f32 have them too.
+        weights = jax.nn.softmax(jax.nn.log_sigmoid(chosen), axis=-1)
     else:
         weights = _pick(probabilities, indices)
-    if normalize and order == "softmax_topk":
-        # Scores over their sum, by way of logarithms: scores that are 0 in f32 have them too.
-        chosen = _pick(logits, indices)
-        weights = jax.nn.softmax(chosen if softmax else jax.nn.log_sigmoid(chosen), axis=-1)
     return Routing(weights * scale, indices, probabilities)
 
 

@@ -62,7 +62,7 @@ def _forward(recipe: Recipe, x: jax.Array, w: jax.Array, extras: Extras, options
     quantized = lambda: _fprop(recipe, x, w, extras.key, bases, options).astype(dtype)  # noqa: E731
     if extras.enabled is None:
         return quantized(), bases
-    plain = lambda: dot(x, w, 1, 0).astype(dtype)  # noqa: E731
+    plain = lambda: dot(x, w.astype(x.dtype), 1, 0).astype(dtype)  # noqa: E731
     return lax.cond(extras.enabled, quantized, plain), bases
 
 
@@ -87,7 +87,7 @@ def _basis(recipe: Recipe, name: str, tensor: jax.Array, extras: Extras, rank: i
 def _fprop(recipe: Recipe, x, w, key, bases, options: Options) -> jax.Array:
     native = paths(recipe, options.implementation)["fprop"] == "native"
     parts_x = take_out(recipe, "x", x, recipe.fprop_x, key, bases["x"])
-    parts_w = take_out(recipe, "w", w, recipe.fprop_w, key, bases["w"])
+    parts_w = take_out(recipe, "w", _like(w, x, recipe.fprop_w), recipe.fprop_w, key, bases["w"])
     signs = role_key(key, "fprop.signs")
     a = prepare(recipe, "fprop_x", parts_x, 1, key, signs, native)
     b = prepare(recipe, "fprop_w", parts_w, 0, key, signs, native)
@@ -114,7 +114,7 @@ def _bwd(recipe: Recipe, options: Options, residuals, d: jax.Array):
         dx, dw = quantized()
     else:
         plain = lambda: (  # noqa: E731
-            dot(d, w, 1, 1).astype(x.dtype),
+            dot(d, w.astype(d.dtype), 1, 1).astype(x.dtype),
             dot(x, d, 0, 0).astype(w.dtype),
         )
         dx, dw = lax.cond(extras.enabled, quantized, plain)
@@ -128,7 +128,7 @@ def _bwd(recipe: Recipe, options: Options, residuals, d: jax.Array):
 def _gradients(recipe: Recipe, x, w, d, key, bases, options) -> tuple[jax.Array, jax.Array]:
     native = {k: path == "native" for k, path in paths(recipe, options.implementation).items()}
     parts_d = take_out(recipe, "d", d, recipe.dgrad_d or recipe.wgrad_d, key, bases["d"])
-    parts_w = take_out(recipe, "w", w, recipe.dgrad_w, key, bases["w"])
+    parts_w = take_out(recipe, "w", _like(w, d, recipe.dgrad_w), recipe.dgrad_w, key, bases["w"])
     signs = role_key(key, "dgrad.signs")
     whole = _unless(recipe.dgrad_d, parts_d, d)
     a = prepare(recipe, "dgrad_d", whole, 1, key, signs, native["dgrad"])
@@ -136,6 +136,9 @@ def _gradients(recipe: Recipe, x, w, d, key, bases, options) -> tuple[jax.Array,
     b = prepare(recipe, "dgrad_w", parts_w, 1, key, signs, native["dgrad"])
     mean_row = _mean_row(recipe, whole, w, 1)
     dx = product(a, b, cross_terms=True, mean_row=mean_row).astype(x.dtype)
+    # One product after the other: both sets of quantized operands at once would cost memory.
+    if recipe.operands:
+        dx, x, d, parts_d = lax.optimization_barrier((dx, x, d, parts_d))
 
     parts_x = take_out(recipe, "x", x, recipe.wgrad_x, key, bases["x"])
     signs = role_key(key, "wgrad.signs")
@@ -144,6 +147,11 @@ def _gradients(recipe: Recipe, x, w, d, key, bases, options) -> tuple[jax.Array,
     b = prepare(recipe, "wgrad_d", whole, 0, key, signs, native["wgrad"])
     cross = recipe.mean is not None and recipe.mean.cross_terms
     return dx, product(a, b, cross_terms=cross).astype(w.dtype)
+
+
+def _like(w: jax.Array, x: jax.Array, operand) -> jax.Array:
+    """Weights that are not quantized are multiplied in the dtype of the other operand."""
+    return w.astype(x.dtype) if operand is None else w
 
 
 def _unless(operand, parts: Parts, whole: jax.Array) -> Parts:

@@ -233,6 +233,20 @@ def execute(run):
     return curve.as_row()
 
 
+DIAGNOSED = (
+    *NAMED,
+    "nvfp4 forward",
+    "nvfp4 backward",
+    "nvfp4 adaptive",
+    "metis_mean adaptive",
+    "metis 6 %",
+    "mean in fp4",
+    "mean quantized w",
+    "mean cross terms",
+    "metis fp4 factors",
+)
+
+
 def diagnose(size: str = "d64", draws: int = 8) -> None:
     """Along one bfloat16 run: what every recipe does to the loss and the gradient of its weights.
 
@@ -251,7 +265,7 @@ def diagnose(size: str = "d64", draws: int = 8) -> None:
     batch = base.loader(0).batch(base.config.steps)
     table = {"size": size, "steps": at, "names": quant.NAMES, "recipes": {}, "layers": {}}
     exact = None
-    for name in (*NAMED, *(v.name for v in VARIANTS)):
+    for name in DIAGNOSED:
         found = experiment(size, name)
         config, quantization = found.config, found.quantization
         assert quantization is not None

@@ -22,6 +22,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.experimental.layout import Layout, with_layout_constraint
 from jaxtyping import Array, Float
 
+import quant
 from lm.layers.parameters import SINGLE, Stack, constant, normal
 
 DotGeneral = Callable[..., jax.Array]
@@ -76,7 +77,10 @@ def linear(
         y = _matmul(x2d, w)
     else:
         dims = (((1,), (0,)), ((), ()))
-        y = dot_general(x2d, w.astype(x.dtype), dims).astype(x.dtype)
+        # A quantized product takes the weights as they are: it rounds them once, and their
+        # gradient leaves in their own dtype.
+        exact = isinstance(dot_general, quant.DotGeneral)
+        y = dot_general(x2d, w if exact else w.astype(x.dtype), dims).astype(x.dtype)
     return y.reshape(*x.shape[:-1], w.shape[-1])
 
 

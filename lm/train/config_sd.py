@@ -46,6 +46,12 @@ def check_sd(config: Any) -> None:
             f"sd.{field.name} is given but experts have no common directions: set model.mlp to moe "
             "and model.moe.sd_rank to their number",
         )
+    side = min(config.model.d_model, config.model.d_expert)
+    check(
+        rank < side,
+        f"model.moe.sd_rank {rank} must be below both sides of an expert, of which the smaller has "
+        f"{side}",
+    )
     check(
         not rank or name not in ("mat", "adatask"),
         f"model.moe.sd_rank does not go with optim.name {name}: take another optimizer",

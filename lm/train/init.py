@@ -16,6 +16,10 @@ from lm.train.load import locate
 
 EXECUTION = ("attention", "loss", "remat", "unroll", "dtype", "init_std", "max_context")
 """Fields of a model's configuration that leave the function of its parameters as it is."""
+MOE_EXECUTION = (
+    "implementation", "exchange", "balance_weight", "balance_per_sequence", "z_weight",
+)  # fmt: skip
+"""Such fields of `model.moe`."""
 
 
 def initial_params(config: RunConfig, abstract: model.Params, fresh: model.Params) -> model.Params:
@@ -67,5 +71,8 @@ def find_source(config: RunConfig) -> tuple[Path, int | None, ModelConfig]:
 
 
 def _identity(config: ModelConfig) -> dict[str, Any]:
-    plain = dataclasses.replace(config, adapter=type(config.adapter)())
+    moe = {name: getattr(type(config.moe)(), name) for name in MOE_EXECUTION}
+    plain = dataclasses.replace(
+        config, adapter=type(config.adapter)(), moe=dataclasses.replace(config.moe, **moe)
+    )
     return {k: v for k, v in config_to_dict(plain).items() if k not in EXECUTION}

@@ -7,6 +7,7 @@ to zero or saturate. Measured on the batch of the step, before its update, in on
 backward pass.
 """
 
+import dataclasses
 from typing import Any
 
 import jax
@@ -49,6 +50,9 @@ class QuantLog:
 
 def _measurement(config: RunConfig, quantization: Quantization) -> Any:
     """The function (state, batch) -> {site: [layers, len(quant.NAMES)]}."""
+
+    # Looped over layers, whatever training does: a site takes seconds to compile.
+    config = dataclasses.replace(config, model=dataclasses.replace(config.model, unroll=1))
 
     def measure(state: TrainState, batch: Batch):
         if config.micro_batches > 1:  # one part is enough, and what memory was planned for

@@ -6,6 +6,7 @@ the backward pass as gradients of those arguments (see `quant.dot_general`).
 """
 
 import dataclasses
+import difflib
 import functools
 from typing import Any, NamedTuple
 
@@ -41,8 +42,16 @@ class Quantization:
 
     def __init__(self, config: RunConfig):
         """Raises ConfigError for an unknown recipe or what the run cannot combine."""
+        if config.quant.recipe not in quant.RECIPES:
+            known = ["none", *quant.RECIPES]
+            near = difflib.get_close_matches(config.quant.recipe, known, 1)
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            raise ConfigError(
+                f"quant.recipe must be one of {', '.join(known)}, got "
+                f"{config.quant.recipe!r}{hint}"
+            )
+        recipe = quant.get_recipe(config.quant.recipe)
         try:
-            recipe = quant.get_recipe(config.quant.recipe)
             self.rules = quant.Rules(
                 config.quant.high, config.quant.keep_first, config.quant.keep_last
             )

@@ -1,5 +1,7 @@
 """Expert layers against a loop over tokens in float64."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,6 +13,7 @@ from moe.grouped_matmul import grouped_matmul
 from moe.routing import Routing, expert_choice, route
 
 D, F, E, K = 8, 5, 6, 2
+compile_fast = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 
 
 def make_bank(rng, activation="swiglu"):
@@ -60,20 +63,20 @@ def setting(rng, tokens=33, skew=0.0):
     return x, jnp.asarray(logits, jnp.float32)
 
 
-@pytest.mark.parametrize("activation", ["swiglu", "gelu"])
-@pytest.mark.parametrize("capacity_factor", [None, 0.5, 1.25])
-def test_layer_equals_a_loop_over_tokens(activation, capacity_factor, rng):
+@pytest.mark.parametrize(
+    "activation,capacity_factor,implementation",
+    [("swiglu", None, "tiled"), ("gelu", 0.5, "xla"), ("swiglu", 1.25, "xla")],
+)
+def test_layer_equals_a_loop_over_tokens(activation, capacity_factor, implementation, rng):
     x, logits = setting(rng, skew=0.6)
     bank, routing = make_bank(rng, activation), route(logits, K)
     indices, kept = np.asarray(routing.indices), None
     if capacity_factor is not None:
         kept = kept_under(indices, int(np.ceil(capacity_factor * indices.size / E)))
         assert not kept.all()
-    run = jax.jit(
-        lambda x, r, bank: expert_mlp(
-            x, r, bank, activation=activation, capacity_factor=capacity_factor
-        )
-    )
+    options = dict(activation=activation, capacity_factor=capacity_factor)
+    options["implementation"] = implementation
+    run = compile_fast(lambda x, r, bank: expert_mlp(x, r, bank, **options))
     weights = np.asarray(routing.weights, float)
     expected = by_token(x, weights, indices, bank, activation, kept)
     np.testing.assert_allclose(run(f32(x), routing, f32(bank)), expected, rtol=1e-4, atol=1e-5)
@@ -91,17 +94,20 @@ def dense(x, logits, bank):
     return jnp.einsum("nk,nke,ned->nd", routing.weights, chosen, outputs)
 
 
-@pytest.mark.parametrize("align", [1, 16])
-@pytest.mark.parametrize("tokens", [1, 50])
-def test_gradients_of_inputs_router_and_bank(tokens, align, rng):
+@pytest.mark.parametrize(
+    "tokens,align,implementation", [(50, 1, "tiled"), (1, 16, "xla"), (50, 16, "xla")]
+)
+def test_gradients_of_inputs_router_and_bank(tokens, align, implementation, rng):
     x, logits = setting(rng, tokens, skew=0.3)
     args = f32((x, np.asarray(logits), make_bank(rng)))
 
     def sparse(x, logits, bank):
-        return expert_mlp(x, route(logits, K, normalize=True), bank, align=align)
+        routing = route(logits, K, normalize=True)
+        return expert_mlp(x, routing, bank, align=align, implementation=implementation)
 
     def gradients(layer):
-        return jax.jit(jax.value_and_grad(lambda *a: jnp.sum(jnp.sin(layer(*a))), (0, 1, 2)))(*args)
+        loss = jax.value_and_grad(lambda *a: jnp.sum(jnp.sin(layer(*a))), (0, 1, 2))
+        return compile_fast(loss)(*args)
 
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5),
@@ -132,7 +138,10 @@ def test_expert_choice(rng):
         for weight, n in zip(routing.weights[e], routing.indices[e], strict=True):
             expected[n] += float(weight) * one_expert(x[n], bank, e)
     np.testing.assert_allclose(
-        expert_mlp(f32(x), routing, f32(bank)), expected, rtol=1e-4, atol=1e-5
+        expert_mlp(f32(x), routing, f32(bank), implementation="xla"),
+        expected,
+        rtol=1e-4,
+        atol=1e-5,
     )
 
 
@@ -146,7 +155,8 @@ def test_product_is_plugged_in_on_aligned_rows(rng):
         return grouped_matmul(lhs, rhs, sizes, implementation="reference")
 
     y = expert_mlp(f32(x), routing, bank, product=product, align=16)
-    np.testing.assert_allclose(y, expert_mlp(f32(x), routing, bank), rtol=1e-5, atol=1e-5)
+    plain = expert_mlp(f32(x), routing, bank, implementation="xla")
+    np.testing.assert_allclose(y, plain, rtol=1e-5, atol=1e-5)
     assert len(calls) == 3
     wanted = np.bincount(np.asarray(routing.indices).reshape(-1), minlength=E)
     for lhs, sizes in calls:
@@ -181,7 +191,7 @@ def test_plan_is_a_bijection_between_assignments_and_rows(rng):
 def test_bf16_tokens_with_f32_bank(rng):
     x, logits = setting(rng, 64)
     bank, routing = make_bank(rng), route(logits, K)
-    y = expert_mlp(jnp.asarray(x, jnp.bfloat16), routing, f32(bank))
+    y = expert_mlp(jnp.asarray(x, jnp.bfloat16), routing, f32(bank), implementation="xla")
     assert y.dtype == jnp.bfloat16
     expected = by_token(x, np.asarray(routing.weights, float), np.asarray(routing.indices), bank)
     assert np.abs(np.asarray(y, float) - expected).max() < 0.03 * np.abs(expected).max()

@@ -121,6 +121,28 @@ def test_gradient_reaches_weights_and_not_the_bias(logits):
     assert not dbias.any()
 
 
+def test_scores_that_vanish_in_f32_keep_weights_and_gradients_finite():
+    steps = np.arange(4) / 8
+    x = jnp.asarray(np.array([[-40.0], [-60.0], [-200.0]]) + steps, jnp.float32)
+    bias = jnp.array([0.0, 0.0, 1.0, 2.0])
+
+    @jax.jit
+    def run(x):
+        routing = route(x, 2, scoring="sigmoid", normalize=True, bias=bias)
+        values = (routing, load_balance_loss(routing), routing_statistics(routing))
+        return jnp.sum(jnp.sin(routing.weights)) + values[1], values
+
+    gradient, values = jax.grad(run, has_aux=True)(x)
+    # So far below 0 the sigmoid is exp.
+    close(values[0].weights, np.tile(softmax(steps[[3, 2]]), (3, 1)), 1e-5)
+    assert all(jnp.isfinite(leaf).all() for leaf in jax.tree.leaves((gradient, values)))
+
+
+def test_a_bias_may_choose_experts_of_probability_zero():
+    x, bias = jnp.array([[200.0, 0, 0, 0]]), jnp.array([-5.0, 0, 0, 0])
+    close(route(x, 2, normalize=True, bias=bias).weights, [[0.5, 0.5]])
+
+
 def test_load_balance_loss_by_definition(logits):
     routing = route(jnp.asarray(logits[:36], jnp.float32).reshape(4, 9, E), K, scoring="sigmoid")
     scores = 1 / (1 + np.exp(-logits[:36]))

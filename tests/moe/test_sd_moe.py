@@ -17,6 +17,7 @@ import moe
 import optim
 from moe._subspace import common_part, random_basis, sweep, unique_part
 
+compile_fast = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 L, E, M, N, K = 2, 4, 24, 32, 4
 BOTH = ("up", "down")
 
@@ -57,7 +58,7 @@ def leak(state, params):
 
 @functools.cache
 def jitted(tx):
-    return jax.jit(tx.init), jax.jit(tx.update)
+    return compile_fast(tx.init), compile_fast(tx.update)
 
 
 def train(tx, params, steps, start=0, state=None):
@@ -164,7 +165,7 @@ OPTIMIZERS = {
 
 @pytest.mark.parametrize(
     "inner,on_refresh",
-    [("adamw", "move_mean"), ("adamw", "drop"), ("spectra", "move_mean"), ("clipped sgd", "drop")],
+    [("adamw", "move_mean"), ("spectra", "move_mean"), ("clipped sgd", "drop")],
 )
 def test_unique_parts_stay_in_the_complement(inner, on_refresh):
     tx = moe.sd_moe(OPTIMIZERS[inner](), K, refresh_every=4, on_refresh=on_refresh)
@@ -184,12 +185,16 @@ def test_elementwise_optimizers_leak_without_the_projected_update():
     assert leak(state, params) < 1e-5
 
 
+@pytest.fixture(scope="module")
+def without_refresh():
+    return train(moe.sd_moe(optax.adamw(0.05), K, refresh_every=0), make_params(), 3)
+
+
 @pytest.mark.parametrize("on_refresh", ["move_mean", "drop", "keep"])
-def test_a_refresh_moves_what_it_says(on_refresh):
-    make = functools.partial(moe.sd_moe, optax.adamw(0.05), K, on_refresh=on_refresh)
-    params = make_params()
-    plain, old = train(make(refresh_every=0), params, 3)
-    found, state = train(make(refresh_every=3, refresh_sweeps=20), params, 3)
+def test_a_refresh_moves_what_it_says(on_refresh, without_refresh):
+    plain, old = without_refresh
+    options = dict(refresh_every=3, refresh_sweeps=20, on_refresh=on_refresh)
+    found, state = train(moe.sd_moe(optax.adamw(0.05), K, **options), make_params(), 3)
     changed = total = 0.0
     for name in plain["common"]:
         w_c, w_u = (np.float64(plain[node][name]) for node in ("common", "experts"))
@@ -269,7 +274,7 @@ def test_sharded_over_experts_equals_one_device():
             params = optax.apply_updates(params, updates)
         return params, state
 
-    alone, _ = jax.jit(run)(params, grads)
+    alone, _ = compile_fast(run)(params, grads)
     mesh = jax.make_mesh((4, 2), ("expert", "fsdp"), axis_types=(AxisType.Auto,) * 2)
     specs = {
         "common": {"up": P(None, "fsdp"), "down": P(None, None, "fsdp")},
@@ -278,7 +283,8 @@ def test_sharded_over_experts_equals_one_device():
     }
     layout = jax.tree.map(lambda s: NamedSharding(mesh, s), specs)
     place = lambda tree: jax.tree.map(jax.device_put, tree, layout)  # noqa: E731
-    spread, state = jax.jit(run, out_shardings=(layout, None))(place(params), [*map(place, grads)])
+    run = compile_fast(run, out_shardings=(layout, None))
+    spread, state = run(place(params), [*map(place, grads)])
     assert spread["experts"]["up"].sharding.spec == P(None, "expert", "fsdp")
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5), alone, spread)
     assert leak(jax.device_get(state), jax.device_get(spread)) < 1e-5

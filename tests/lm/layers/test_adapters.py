@@ -33,6 +33,9 @@ KINDS = {
 }
 
 
+compile_fast = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
+
+
 def with_adapter(adapter, base=BASE):
     return dataclasses.replace(base, adapter=adapter)
 
@@ -56,13 +59,18 @@ def apply(config, params, tokens):
 
 @functools.cache
 def compiled(config):
-    return jax.jit(lambda params, tokens: model.apply(config, params, tokens))
+    return compile_fast(lambda params, tokens: model.apply(config, params, tokens))
+
+
+@functools.cache
+def init(config):
+    return compile_fast(lambda: model.init(config, jax.random.key(0)))()
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_fresh_adapter_changes_nothing_and_leaves_the_base_as_it_was_drawn(kind, tokens):
     config = with_adapter(KINDS[kind])
-    plain, params = (model.init(c, jax.random.key(0)) for c in (BASE, config))
+    plain, params = init(BASE), init(config)
     frozen, trained = adapters.partition(config, params)
     jax.tree.map(np.testing.assert_array_equal, frozen, plain)
     np.testing.assert_array_equal(apply(config, params, tokens), apply(BASE, plain, tokens))
@@ -114,7 +122,7 @@ def test_a_projection_adds_its_adapter_to_the_frozen_product(kind, rng):
 def test_lora_merges_into_dense_weights_exactly(tokens):
     adapter = dataclasses.replace(KINDS["lora"], targets=("query", "out", "gate", "down"))
     config = with_adapter(adapter)
-    frozen, trained = adapters.partition(config, model.init(config, jax.random.key(0)))
+    frozen, trained = adapters.partition(config, init(config))
     params = adapters.join(frozen, filled(trained, jax.random.key(1)))
     dense_config, dense = adapters.merge(config, params)
     assert dense_config == BASE
@@ -155,8 +163,8 @@ def test_a_step_moves_adapters_and_nothing_else(kind, optimizer, parts):
     optim = OptimConfig(name=optimizer, learning_rate=0.1, warmup_steps=1)
     config = run_of(KINDS[kind], optim=optim, micro_batches=parts)
     tx, schedule = make_optimizer(config.optim, config.steps)
-    state = init_state(config, tx)
-    step = jax.jit(make_train_step(config, tx, schedule))
+    state = compile_fast(lambda: init_state(config, tx))()
+    step = compile_fast(make_train_step(config, tx, schedule))
     before, losses = state.params, []
     for _ in range(8):
         state, metrics = step(state, batch_of(config))

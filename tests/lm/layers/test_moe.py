@@ -1,6 +1,7 @@
 """Expert layers in the decoder: parameters, losses, training, layouts, checkpoints."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +20,7 @@ from lm.train.config import GuardConfig, MeshConfig, OptimConfig, RunConfig
 from lm.train.flops import model_flops_per_token, parameter_count
 from lm.train.optimizer import make_optimizer, parameter_labels
 from lm.train.state import abstract_state, init_state
-from lm.train.step import make_train_step
+from lm.train.step import loss_sum, make_train_step
 
 DEEPSEEK = dict(scoring="sigmoid", shared=1, groups=2, bias_rate=0.01, balance_per_sequence=True)
 
@@ -50,15 +51,27 @@ def batch():
     }
 
 
-def trained(config, batch, steps, sizes):
+compile_fast = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
+
+
+@pytest.fixture(scope="module")
+def start():
+    """The state before the first step, on the host."""
+    config = make_run(moe=DEEPSEEK)
+    tx, _ = make_optimizer(config.optim, config.steps)
+    return jax.device_get(compile_fast(lambda: init_state(config, tx))())
+
+
+def trained(config, start, batch, steps, sizes):
     """States and metrics after each step on one batch."""
     mesh = make_mesh(sizes)
     tx, schedule = make_optimizer(config.optim, config.steps)
     shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(config, tx, mesh))
     states, history = [], []
     with jax.set_mesh(mesh):
-        state = jax.device_put(init_state(config, tx), shardings)
-        step = jax.jit(make_train_step(config, tx, schedule), out_shardings=(shardings, None))
+        state = jax.device_put(start, shardings)
+        step = make_train_step(config, tx, schedule)
+        step = compile_fast(step, out_shardings=(shardings, None))
         for _ in range(steps):
             state, metrics = step(state, batch)
             states.append(state)
@@ -67,13 +80,15 @@ def trained(config, batch, steps, sizes):
 
 
 @pytest.fixture(scope="module")
-def on_one_device(batch):
-    return trained(make_run(moe=DEEPSEEK), batch, 12, {"data": 1})
+def on_one_device(start, batch):
+    """In micro-batches, so that what is compared with it holds for these too."""
+    return trained(make_run(moe=DEEPSEEK, micro_batches=2), start, batch, 12, {"data": 1})
 
 
 @pytest.fixture(scope="module")
-def on_mesh(batch):
-    return trained(make_run(moe=DEEPSEEK), batch, 2, {"expert": 2, "fsdp": 2, "tensor": 2})
+def on_mesh(start, batch):
+    config = make_run(moe=DEEPSEEK)
+    return trained(config, start, batch, 2, {"expert": 2, "fsdp": 2, "tensor": 2})
 
 
 @pytest.mark.parametrize("options", [{}, DEEPSEEK, {"sd_rank": 2, "activation": "gelu"}])
@@ -121,7 +136,7 @@ def test_layer_is_its_parts(rng):
         groups=2,
         scale=2.5,
     )
-    expected = moe.expert_mlp(flat, routing, layer.experts.arrays())
+    expected = moe.expert_mlp(flat, routing, layer.experts.arrays(), implementation="xla")
     shared = {name: getattr(layer.shared, name).kernel[...] for name in ("gate", "up", "down")}
     expected += moe.shared_mlp(flat, shared)
     np.testing.assert_allclose(y.reshape(-1, 16), expected, rtol=1e-5, atol=1e-5)
@@ -164,6 +179,30 @@ def test_labels_keep_routers_and_biases_from_matrix_optimizers():
     assert set(labels["experts"].values()) == {"matrix"}
 
 
+@pytest.mark.parametrize("name", ["muon", "spectra"])
+def test_matrix_optimizers_take_every_expert_by_itself(name, rng):
+    """Against five Newton-Schulz steps in float64, and Spectra's root mean square of 0.2."""
+    shapes = {"up": (2, 3, 16, 12), "down": (2, 3, 12, 16)}
+    grads = {
+        "experts": {n: jnp.asarray(rng.normal(size=s), jnp.float32) for n, s in shapes.items()}
+    }
+    options = dict(warmup_steps=0, weight_decay=0.0, clip=0.0, schedule="constant")
+    tx, _ = make_optimizer(OptimConfig(name=name, learning_rate=0.01, **options), 10)
+    updates, _ = compile_fast(lambda g: tx.update(g, tx.init(g), g))(grads)
+    for matrix in shapes:
+        for at in np.ndindex(2, 3):
+            found = np.float64(updates["experts"][matrix][at])
+            if name == "spectra":
+                assert np.sqrt(np.mean(found**2)) == pytest.approx(0.002, rel=1e-4)
+                continue
+            x = np.float64(grads["experts"][matrix][at])
+            x = x / np.linalg.norm(x)
+            for _ in range(5):  # its fixed points are not 1: singular values end in 0.68 .. 1.13
+                gram = x @ x.T
+                x = 3.4445 * x + (-4.7750 * gram + 2.0315 * gram @ gram) @ x
+            np.testing.assert_allclose(found, -0.01 * 0.2 * 4 * x, atol=1e-6)
+
+
 def test_training_learns_and_reports(on_one_device):
     _, history = on_one_device
     first, last = history[0], history[-1]
@@ -177,10 +216,10 @@ def router_bias(state):
     return np.asarray(state.params["layers"]["mlp"]["router"]["bias"])
 
 
-def test_bias_follows_the_load_and_has_no_gradient(batch, on_one_device):
-    config, (states, _) = make_run(moe=DEEPSEEK), on_one_device
-    start = model.init(config.model, jax.random.key(config.seed))
-    _, auxiliary = jax.jit(lambda p: model.hidden(config.model, p, batch["tokens"]))(start)
+def test_bias_follows_the_load_of_the_whole_batch_and_has_no_gradient(start, batch, on_one_device):
+    config, (states, _) = make_config(moe=DEEPSEEK), on_one_device
+    hidden = compile_fast(lambda p: model.hidden(config, p, batch["tokens"]))
+    _, auxiliary = hidden(start.params)
     load = np.asarray(auxiliary["experts/load"])
     expected = 0.01 * np.sign(load.mean(1, keepdims=True) - load)
     np.testing.assert_allclose(router_bias(states[0]), expected, atol=1e-7)
@@ -190,17 +229,12 @@ def test_bias_follows_the_load_and_has_no_gradient(batch, on_one_device):
     assert moments and not any(leaf.any() for leaf in moments)
 
 
-def test_micro_batches_give_the_bias_of_the_whole_batch(batch, on_one_device):
-    parts, _ = trained(make_run(moe=DEEPSEEK, micro_batches=2), batch, 1, {"data": 1})
-    np.testing.assert_allclose(router_bias(parts[0]), router_bias(on_one_device[0][0]), atol=1e-7)
-
-
 def test_mesh_trains_as_one_device(on_one_device, on_mesh):
     (one, rows), (many, same) = on_one_device, on_mesh
     up = many[1].params["layers"]["mlp"]["experts"]["up"]
     assert up.shape == (2, 4, 16, 12) and up.addressable_shards[0].data.shape == (2, 2, 8, 6)
     for a, b in zip(rows[:2], same, strict=True):
-        for name in ("loss", "grad_norm", "experts/entropy", "experts/max_violation"):
+        for name in ("loss", "grad_norm", "experts/entropy"):
             assert a[name] == pytest.approx(b[name], rel=1e-5), name
     close = lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=2e-4)  # noqa: E731
     jax.tree.map(close, *jax.device_get((one[1].params, many[1].params)))
@@ -210,7 +244,7 @@ def test_checkpoint_continues_on_another_degree_of_expert_parallelism(
     batch, on_one_device, on_mesh, tmp_path
 ):
     config = make_run(moe=DEEPSEEK)
-    tx, schedule = make_optimizer(config.optim, config.steps)
+    tx, _ = make_optimizer(config.optim, config.steps)
     wide = make_mesh({"expert": 4})
     with Checkpoints(tmp_path) as checkpoints:
         checkpoints.save(2, on_mesh[0][1], {})
@@ -218,17 +252,19 @@ def test_checkpoint_continues_on_another_degree_of_expert_parallelism(
         _, restored, _ = checkpoints.restore(abstract_state(config, tx, wide))
     up = restored.params["layers"]["mlp"]["experts"]["up"]
     assert up.addressable_shards[0].data.shape == (2, 1, 16, 12)
+    jax.tree.map(np.testing.assert_array_equal, *jax.device_get((restored, on_mesh[0][1])))
     with jax.set_mesh(wide):
-        _, metrics = jax.jit(make_train_step(config, tx, schedule))(restored, batch)
-    assert float(metrics["loss"]) == pytest.approx(float(on_one_device[1][2]["loss"]), rel=1e-5)
+        total, _ = compile_fast(functools.partial(loss_sum, config))(restored.params, batch)
+    found = float(total) / batch["targets"].size
+    assert found == pytest.approx(float(on_one_device[1][2]["loss"]), rel=1e-5)
 
 
 def test_generation_decodes_what_a_whole_pass_gives(rng):
     config = make_config(moe=DEEPSEEK)
-    params = model.init(config, jax.random.key(1))
+    params = compile_fast(lambda: model.init(config, jax.random.key(1)))()
     tokens = jnp.asarray(rng.integers(0, 48, (2, 6)), jnp.int32)
-    whole = model.apply(config, params, tokens)
-    cache, decode = model.init_cache(config, 2, 6), jax.jit(model.decode, static_argnums=0)
+    whole = compile_fast(functools.partial(model.apply, config))(params, tokens)
+    cache, decode = model.init_cache(config, 2, 6), compile_fast(model.decode, static_argnums=0)
     for t in range(6):
         step, cache = decode(config, params, tokens[:, t : t + 1], cache, jnp.int32(t))
         np.testing.assert_allclose(step[:, 0], whole[:, t], rtol=1e-4, atol=1e-4)
@@ -246,7 +282,7 @@ def test_products_without_a_grouped_form_are_refused(rng):
 
         def grouped(self, lhs, rhs, sizes):
             self.calls.append(lhs.shape)
-            return moe.grouped_matmul(lhs, rhs, sizes)
+            return moe.grouped_matmul(lhs, rhs, sizes, implementation="xla")
 
     y, _ = layer(x + 1, lambda site: Product() if "experts" in site.name else None, 0)
     np.testing.assert_allclose(y, layer(x + 1)[0], rtol=1e-5)

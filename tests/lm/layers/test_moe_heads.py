@@ -33,7 +33,7 @@ def test_the_layer_is_that_of_the_ground_floor(kind, rng):
     y, auxiliary = layer(x)
     params = layer.experts.arrays() | {"router": layer.router.kernel[...]}
     if kind == "head_wise":
-        expected, routing = moe.head_wise_mlp(x.reshape(8, 16), params, k=2)
+        expected, routing = moe.head_wise_mlp(x.reshape(8, 16), params, k=2, implementation="xla")
         losses = [float(moe.load_balance_loss(moe.bank(routing, h))) for h in range(2)]
     else:
         layer.head.bias[...] = jnp.asarray(rng.normal(size=16), jnp.float32)
@@ -41,7 +41,9 @@ def test_the_layer_is_that_of_the_ground_floor(kind, rng):
         for name in ("head", "merge"):
             linear = getattr(layer, name)
             params |= {name: linear.kernel[...], f"{name}_bias": linear.bias[...]}
-        expected, routing = moe.multi_head_mlp(x.reshape(8, 16), params, heads=2, k=2)
+        expected, routing = moe.multi_head_mlp(
+            x.reshape(8, 16), params, heads=2, k=2, implementation="xla"
+        )
         losses = [float(moe.load_balance_loss(routing))]
     np.testing.assert_allclose(y.reshape(8, 16), expected, rtol=1e-4, atol=1e-5)
     assert float(auxiliary["loss/load_balance"]) == pytest.approx(0.01 * np.mean(losses), rel=1e-5)

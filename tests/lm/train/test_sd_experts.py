@@ -15,7 +15,9 @@ from lm.train.load import load_run
 from lm.train.loop import train
 
 RANK = 3
-DECOMPOSED = {"mlp": "moe", "moe": MoEConfig(experts=4, d_expert=24, shared=1, sd_rank=RANK)}
+# "xla" compiles fastest.
+EXPERTS = dict(experts=4, d_expert=24, shared=1, sd_rank=RANK, implementation="xla")
+DECOMPOSED = {"mlp": "moe", "moe": MoEConfig(**EXPERTS)}
 
 
 @pytest.fixture(scope="module")
@@ -91,6 +93,9 @@ def test_options_that_nothing_would_read():
         RunConfig(sd=SDConfig(on_refresh="keep"))
     with pytest.raises(ConfigError, match="log.experts needs model.mlp moe, and it is 'swiglu'"):
         RunConfig(log=LogConfig(experts=10))
+    wide = dataclasses.replace(experts, moe=MoEConfig(d_expert=24, sd_rank=24))
+    with pytest.raises(ConfigError, match="sd_rank 24 must be below both sides .* smaller has 24"):
+        RunConfig(model=wide)
     with pytest.raises(ConfigError, match="model.moe.sd_rank does not go with optim.name adatask"):
         RunConfig(model=experts, optim=OptimConfig(name="adatask"))
     assert RunConfig(model=experts, sd=SDConfig(on_refresh="keep")).sd.on_refresh == "keep"
