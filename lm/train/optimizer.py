@@ -192,8 +192,8 @@ def over_experts(
     Clipping is a part of `tx`, so it goes by the norm of the decomposed gradients.
     """
     rank = config.model.moe.sd_rank if config.model.mlp == "moe" else 0
-    if not rank:
-        return tx
+    if not rank or config.model.adapter.kind != "none":
+        return tx  # adapters leave the experts as they are
     return moe.sd_moe(tx, rank, **dataclasses.asdict(config.sd))
 
 
