@@ -26,7 +26,7 @@ NAMES: tuple[str, ...] = (
 """Names of the numbers that `measure` returns; those of an operand that is not quantized are 0."""
 
 _AXES = {"fprop_x": 1, "fprop_w": 0, "dgrad_d": 1, "dgrad_w": 1, "wgrad_x": 0, "wgrad_d": 0}
-_PLAIN = Recipe("plain", low_rank=LowRank(oversample=0, iterations=2))
+_PLAIN = Recipe("plain", low_rank=LowRank(oversample=0, iterations=4))
 
 
 def measure(recipe: Recipe, x, w, d, key: Key | None, bases=None) -> jax.Array:

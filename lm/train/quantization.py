@@ -47,8 +47,7 @@ class Quantization:
             near = difflib.get_close_matches(config.quant.recipe, known, 1)
             hint = f"; did you mean {near[0]!r}?" if near else ""
             raise ConfigError(
-                f"quant.recipe must be one of {', '.join(known)}, got "
-                f"{config.quant.recipe!r}{hint}"
+                f"quant.recipe must be one of {', '.join(known)}, got {config.quant.recipe!r}{hint}"
             )
         recipe = quant.get_recipe(config.quant.recipe)
         try:

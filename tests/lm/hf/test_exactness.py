@@ -14,6 +14,15 @@ from lm.generate import Sampling, generate
 WIDTH = 44
 
 
+def loaded(checkpoint, **options):
+    """The checkpoint, with expert products that compile fast (tests/moe has the others)."""
+    config, params = lm.hf.load(checkpoint, **options)
+    if config.mlp == "moe":
+        experts = dataclasses.replace(config.moe, implementation="xla")
+        config = dataclasses.replace(config, moe=experts)
+    return config, params
+
+
 def batch(expected) -> dict[str, np.ndarray]:
     """All sequences of a fixture as one batch: plain, padded on the left, packed, far positions.
 
@@ -55,7 +64,7 @@ def wanted(expected) -> tuple[np.ndarray, np.ndarray]:
 
 
 def test_logits_likelihoods_and_greedy_text_are_those_of_transformers(checkpoint, expected):
-    config, params = lm.hf.load(checkpoint)
+    config, params = loaded(checkpoint)
     assert (config.dtype, config.param_dtype) == ("float32", "float32")
     inputs = batch(expected)
     tokens = inputs.pop("tokens")
@@ -78,7 +87,7 @@ def test_logits_likelihoods_and_greedy_text_are_those_of_transformers(checkpoint
     # In bfloat16 a logit near 16 is rounded by up to 0.03 already, and a router may choose another
     # expert, so what must agree to 2e-2 is the mean over a text. Single tokens must not be further
     # off than those of transformers are.
-    config, params = lm.hf.load(checkpoint, dtype="bfloat16")
+    config, params = loaded(checkpoint, dtype="bfloat16")
     assert {leaf.dtype.name for leaf in jax.tree.leaves(params)} == {"bfloat16"}
     reduced = np.asarray(run(config, params, tokens, **inputs))
     ours, exact = (likelihoods(x[:2, :40], expected["tokens"]) for x in (reduced, logits))

@@ -198,7 +198,9 @@ def test_measurements_are_taken_when_due():
 
 
 def test_refusals():
-    with pytest.raises(ConfigError, match="quant: recipe must be one of .*did you mean 'nvidia'"):
+    with pytest.raises(
+        ConfigError, match="quant.recipe must be one of none, .*did you mean 'nvidia'"
+    ):
         make_quantization(make_config("nvida"))
     with pytest.raises(ConfigError, match="recipe nvidia has no bases to renew"):
         make_quantization(make_config("nvidia", refresh=4))
