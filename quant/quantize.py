@@ -309,6 +309,7 @@ def _adapt(x, values, scales, tensor_scale, plan: _Plan) -> tuple[jax.Array, jax
     fmt, blocks, headroom = plan
     scaled, wide, _ = scale_to_grid(x, fmt, blocks.inner, headroom, widen=fmt.element.max / 4)
     others = round_nearest(scaled, fmt.element)
+    assert wide is not None  # the format has block scales
 
     def error(values, scales):
         back = values * scales if tensor_scale is None else values * scales * tensor_scale
