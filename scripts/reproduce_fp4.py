@@ -10,7 +10,8 @@ warm-up and cosine to 10 %, weight decay 0.1, clip 1, model.dtype bfloat16, 1024
 equal initialization and data order for each seed. All linear layers of the blocks are quantized,
 in training and in evaluation; embedding, head and norms are not. The learning rate is bfloat16's
 best of a sweep. On a GPU `--only size=30m_25` and `30m_98` train the 30M-parameter model of the
-published comparison (6 layers, width 640) for 25 and 98 tokens a parameter.
+published comparison (6 layers, width 640) for 25 and 98 tokens a parameter, here with byte tokens
+in rows of 128, so that only gaps could be compared.
 
 Every finished run is one line of docs/results/fp4.jsonl; report: docs/results/fp4.md, fp4.png.
 """
@@ -339,9 +340,8 @@ comparison was possible without a GPU. What this size does show:
   worse).
 - **At fixed weights, without that noise, they do**: plain 3.9 %, mean 3.0 %, metis 2.8 %,
   metis_mean 2.0 % and metis with 6 % of the directions 1.8 % at the end of the run, and a
-  gradient whose error averages out far better (bias 0.27 against 0.68). The order is the papers'
-  (plain > mean > metis), with their combination ahead; nvidia, whose square blocks round weights
-  more coarsely, is last.
+  gradient whose error averages out far better (bias 0.27 against 0.68). One model and one
+  batch: no error bars. nvidia, whose square blocks round weights more coarsely, is behind plain.
 - **The published forms are worse than plain NVFP4 here**: singular vectors in FP4 with a residual
   that does not know of it (metis_paper), and a mean in FP4 times quantized weights (mean_paper).
   In high precision, at one or two vectors of cost, both help. That is what our defaults do.
@@ -352,6 +352,10 @@ comparison was possible without a GPU. What this size does show:
 - **Trained factors** (bf16 split, one seed) change nothing at this size: Metis's losses below
   bfloat16 are not explained by that here.
 - **Adaptive blocks** (6 or 4 as the largest) take a third off plain NVFP4's gap at fixed weights.
+
+Not every run is of the last code: the sweep rounded weights from bfloat16 (they are rounded from
+float32 now) and is of two snapshots, `metis*` and the variants of the later one; the table at fixed
+weights is of a third, with float32 weights. The differences are far below the noise of seeds.
 
 Not reached: 0.4 % from bfloat16, which would need a larger model to be measured on. Width 128 has
 only the bfloat16 sweep so far (`--list` shows what is missing).
