@@ -87,7 +87,7 @@ def _product(spec: _Spec, x, w, sizes, key: Seed | None, enabled) -> jax.Array:
     def quantized():
         a = _rows(recipe, "fprop_x", x, 1, sizes, key)
         b, scale = _weights(recipe, "fprop_w", w, 0, key)
-        y = _rows_times(spec, a, b, scale, sizes)
+        y = _rows_times(spec, a, b, scale, sizes, x.dtype)
         return (y + _mean_rows(recipe, a.mean, b, scale, w, sizes, len(x))).astype(x.dtype)
 
     plain = lambda: spec.matmul(x, w.astype(x.dtype), sizes).astype(x.dtype)  # noqa: E731
@@ -106,7 +106,7 @@ def _bwd(spec: _Spec, residuals, d):
         a = _rows(recipe, "dgrad_d", d, 1, sizes, key)
         b, scale = _weights(recipe, "dgrad_w", w, 1, key)
         b, exact = b.swapaxes(1, 2), w.swapaxes(1, 2)
-        dx = _rows_times(spec, a, b, scale, sizes)
+        dx = _rows_times(spec, a, b, scale, sizes, d.dtype)
         dx = dx + _mean_rows(recipe, a.mean, b, scale, exact, sizes, len(d))
 
         a = _rows(recipe, "wgrad_x", x, 0, sizes, key)
@@ -187,9 +187,10 @@ def _whole(side):
     return dense(side._replace(mean=None)).astype(jnp.bfloat16)
 
 
-def _rows_times(spec: _Spec, a: _Rows, b, scale, sizes):
+def _rows_times(spec: _Spec, a: _Rows, b, scale, sizes, dtype):
     """Rows times the matrices of their groups, f32, with all scales."""
-    y = _joined(spec.matmul, a.values, b, sizes)
+    # The product has the dtype of its rows: those in bfloat16 would round a float32 result.
+    y = _joined(spec.matmul, a.values.astype(jnp.promote_types(a.values.dtype, dtype)), b, sizes)
     y = y if a.scale is None else y * a.scale
     return y if scale is None else y * _spread(scale[:, None], sizes, len(y))
 

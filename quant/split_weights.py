@@ -46,7 +46,7 @@ def split_weights(w: jax.Array, low_rank: LowRank, key: Key) -> SplitWeight | ja
         # The small matrix has the singular values; its factors turn both bases.
         left, s, right = jnp.linalg.svd(triangle)
         u, v = scaled @ left, v @ right.T
-        return SplitWeight(u, s, v, w - (u * s) @ v.T)
+        return SplitWeight(u, s, v, w - (u * s[None]) @ v.T)
 
     parts = jax.vmap(one)(flat, jnp.arange(len(flat)))
     return jax.tree.map(lambda p: p.reshape(*lead, *p.shape[1:]).astype(w.dtype), parts)

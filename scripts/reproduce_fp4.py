@@ -355,7 +355,7 @@ comparison was possible without a GPU. What this size does show:
 
 Not every run is of the last code: the sweep rounded weights from bfloat16 (they are rounded from
 float32 now) and is of two snapshots, `metis*` and the variants of the later one; the table at fixed
-weights is of a third, with float32 weights. The differences are far below the noise of seeds.
+weights is of a third, with float32 weights.
 
 Not reached: 0.4 % from bfloat16, which would need a larger model to be measured on. Width 128 has
 only the bfloat16 sweep so far (`--list` shows what is missing).
