@@ -8,9 +8,10 @@ import jax.numpy as jnp
 from jax import lax
 
 from quant.diagnostics import measure
+from quant.matmul import dot
 from quant.native import Implementation, paths
 from quant.operands import Parts, Side, basis_of, prepare, role_key, skinny, take_out
-from quant.product import dot, product
+from quant.product import product
 from quant.recipe import Recipe
 from quant.rounding import Seed
 
