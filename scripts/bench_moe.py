@@ -1,6 +1,6 @@
 """Throughput of an expert layer, forward and backward, against what one would use instead.
 
-    python scripts/bench_moe.py                            # CPU sizes
+    python scripts/bench_moe.py [--out FILE.md]            # CPU sizes
     python scripts/bench_moe.py --dtypes bfloat16 --width 2048 --hidden 1024 --tokens 16384
 
 Layers of `--experts` x top `--top-k` SwiGLU experts of width `--hidden` on `--tokens` tokens of
@@ -10,12 +10,13 @@ width `--width`, f32 parameters, routing included. The layer's rivals, in the sa
     einsum      dispatch and combine as dense one-hot products, capacity factor 1.25 (drops tokens)
     dense       one SwiGLU MLP of hidden width top_k x hidden: equal active FLOPs
 
-Contenders take turns; medians. A ratio above 1 says that the layer is faster. One JSON object.
+Contenders take turns; medians. A ratio above 1 says that the layer is faster; in brackets its
+quartiles over the rounds.
 """
 
 import argparse
+import datetime
 import itertools
-import json
 import statistics
 import time
 
@@ -23,6 +24,7 @@ import jax
 import jax.numpy as jnp
 
 import moe
+from lm.files import atomic_write_text
 from lm.layers.linear import linear
 from lm.layers.mlp import silu_product
 
@@ -74,16 +76,16 @@ def make_params(key, experts, k, width, hidden):
     }
 
 
-def measure(arguments, experts, k, dtype):
-    """Medians of seconds by contender, and what follows from them."""
+def measure(arguments, tokens, experts, k, dtype) -> dict[str, list[float]]:
+    """Seconds of each round, by contender."""
     params = make_params(jax.random.key(0), experts, k, arguments.width, arguments.hidden)
-    x = jax.random.normal(jax.random.key(1), (arguments.tokens, arguments.width), dtype)
+    x = jax.random.normal(jax.random.key(1), (tokens, arguments.width), dtype)
     routed = {name: params[name] for name in ("router", "experts")}
     contenders = {
         "moe": (lambda x, p: expert_layer(x, p, k, arguments.implementation), routed),
-        "ragged_dot": (lambda x, p: expert_layer(x, p, k, "xla"), routed),
-        "einsum": (lambda x, p: einsum_layer(x, p, k, 1.25), routed),
         "dense": (lambda x, p: dense_layer(x, p, k), {"dense": params["dense"]}),
+        "einsum": (lambda x, p: einsum_layer(x, p, k, 1.25), routed),
+        "ragged_dot": (lambda x, p: expert_layer(x, p, k, "xla"), routed),
     }
     for name in arguments.without:
         contenders.pop(name)
@@ -100,21 +102,17 @@ def measure(arguments, experts, k, dtype):
             begin = time.perf_counter()
             jax.block_until_ready(run(x, p))
             seconds[name].append(time.perf_counter() - begin)
-    medians = {name: statistics.median(values) for name, values in seconds.items()}
-    flops = 18 * arguments.tokens * k * arguments.width * arguments.hidden
-    return {
-        "experts": experts,
-        "top_k": k,
-        "dtype": dtype,
-        "milliseconds": {name: round(1e3 * value, 2) for name, value in medians.items()},
-        "tokens_per_second": round(arguments.tokens / medians["moe"]),
-        "active_tflops_per_second": round(flops / medians["moe"] / 1e12, 3),
-        "speed_over": {
-            name: round(value / medians["moe"], 3)
-            for name, value in medians.items()
-            if name != "moe"
-        },
-    }
+    return seconds
+
+
+def speed(seconds: dict[str, list[float]], rival: str) -> str:
+    """How many times as fast as the rival, from rounds in which both ran."""
+    if rival not in seconds:
+        return "-"
+    both = zip(seconds["moe"], seconds[rival], strict=False)
+    ratios = sorted(theirs / ours for ours, theirs in both)
+    low, high = ratios[len(ratios) // 4], ratios[-1 - len(ratios) // 4]
+    return f"{statistics.median(ratios):.2f} ({low:.2f} to {high:.2f})"
 
 
 def main():
@@ -124,20 +122,41 @@ def main():
     parser.add_argument("--experts", type=int, nargs="+", default=[8, 64])
     parser.add_argument("--top-k", type=int, nargs="+", default=[2, 8])
     parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"])
-    parser.add_argument("--tokens", type=int, default=4096)
+    parser.add_argument("--tokens", type=int, nargs="+", default=[4096])
     parser.add_argument("--width", type=int, default=512)
     parser.add_argument("--hidden", type=int, default=256)
     parser.add_argument("--implementation", help="of the layer's products; default: the device's")
     parser.add_argument("--without", nargs="*", default=[], choices=["ragged_dot", "einsum"])
     parser.add_argument("--repeats", type=int, default=11)
     parser.add_argument("--slow-repeats", type=int, default=3, help="of ragged_dot and einsum")
+    parser.add_argument("--out", help="also write the table to this file")
     arguments = parser.parse_args()
-    device = jax.devices()[0]
-    cases = itertools.product(arguments.experts, arguments.top_k, arguments.dtypes)
-    results = [measure(arguments, experts, k, dtype) for experts, k, dtype in cases if k <= experts]
-    sizes = {name: getattr(arguments, name) for name in ("tokens", "width", "hidden")}
-    kind = {"device": device.device_kind, "jax": jax.__version__}
-    print(json.dumps({**kind, **sizes, "results": results}, indent=1))
+    lines = [
+        f"JAX {jax.__version__}, {jax.default_backend()} ({jax.devices()[0].device_kind}), "
+        f"{datetime.date.today()}; width {arguments.width}, experts of {arguments.hidden}.",
+        "",
+        "| tokens | experts | top | dtype | ms | active TFLOP/s | speed over dense | over einsum |"
+        " over ragged_dot |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    print("\n".join(lines), flush=True)
+    cases = (arguments.tokens, arguments.experts, arguments.top_k, arguments.dtypes)
+    for tokens, experts, k, dtype in itertools.product(*cases):
+        if k >= experts:
+            continue
+        seconds = measure(arguments, tokens, experts, k, dtype)
+        ours = statistics.median(seconds["moe"])
+        flops = 18 * tokens * k * arguments.width * arguments.hidden
+        rivals = " | ".join(speed(seconds, name) for name in ("dense", "einsum", "ragged_dot"))
+        lines.append(
+            f"| {tokens} | {experts} | {k} | {dtype} | {1e3 * ours:.1f} | {flops / ours / 1e12:.3f}"
+            f" | {rivals} |"
+        )
+        print(lines[-1], flush=True)
+    if arguments.out:
+        head = __doc__.splitlines()[0].rstrip(".")
+        command = "    python scripts/bench_moe.py --tokens " + " ".join(map(str, arguments.tokens))
+        atomic_write_text(arguments.out, "\n".join([f"# {head}", "", command, "", *lines]) + "\n")
 
 
 if __name__ == "__main__":
