@@ -1,5 +1,7 @@
 """Grouped products: one group is the ordinary product, several are as many; trained factors."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -39,6 +41,41 @@ def test_one_group_is_the_ordinary_product(name):
     wanted = with_gradients(lambda x, w: plain(x, w[0], DIMS), x, w, d)
     for a, b in zip(got, wanted, strict=True):
         close(np.asarray(a), np.asarray(b), 1e-6)
+
+
+def nearest(name, **mean):
+    """A recipe without random roundings, so that keys do not matter."""
+    recipe = quant.get_recipe(name)
+    operands = {
+        role: dataclasses.replace(operand, rounding="nearest", sr_headroom=None)
+        for role, operand in recipe.operands.items()
+    }
+    if mean:
+        operands["mean"] = dataclasses.replace(recipe.mean, **mean)
+    return dataclasses.replace(recipe, **operands)
+
+
+@pytest.mark.parametrize(
+    "recipe",
+    [
+        nearest("nvidia"),
+        nearest("mean_paper"),
+        nearest("mean_hadamard"),
+        nearest("mean_hadamard", cross_terms=True),
+        nearest("mean_hadamard", d=False),
+        nearest("mean", x=False, weight="quantized"),
+    ],
+    ids=lambda recipe: recipe.name,
+)
+def test_means_and_transforms_are_those_of_the_ordinary_product(recipe):
+    x, w, d, sizes = tensors(1)
+    d = d + 2.0  # a mean to take out
+    key = jax.random.key(1)
+    got = with_gradients(lambda x, w: grouped(recipe, key=key)(x, w, sizes), x, w, d)
+    plain = quant.dot_general(recipe, key=key)
+    wanted = with_gradients(lambda x, w: plain(x, w[0], DIMS), x, w, d)
+    for a, b in zip(got, wanted, strict=True):
+        close(np.asarray(a), np.asarray(b), 1e-5)
 
 
 def test_means_are_those_of_an_experts_own_rows():
