@@ -2,7 +2,7 @@
 
     python scripts/reproduce_fp4.py --list
     python scripts/reproduce_fp4.py --only size=d64        # about 1.5 minutes a run on one core
-    python scripts/reproduce_fp4.py --diagnose             # along one bfloat16 run, 10 minutes
+    python scripts/reproduce_fp4.py --diagnose             # along one bfloat16 run, 20 minutes
     python scripts/reproduce_fp4.py --report
 
 Byte-level decoders of 0.3 and 0.9 million parameters on Python's own standard library, AdamW,
@@ -234,18 +234,7 @@ def execute(run):
     return curve.as_row()
 
 
-DIAGNOSED = (
-    *NAMED,
-    "nvfp4 forward",
-    "nvfp4 backward",
-    "nvfp4 adaptive",
-    "metis_mean adaptive",
-    "metis 6 %",
-    "mean in fp4",
-    "mean quantized w",
-    "mean cross terms",
-    "metis fp4 factors",
-)
+DIAGNOSED = (*NAMED, *(variant.name for variant in VARIANTS))
 
 
 def diagnose(size: str = "d64", draws: int = 8) -> None:
