@@ -1,7 +1,8 @@
 """What a decoder is: one frozen, hashable, validated dataclass.
 
-`ModelConfig` covers Llama 2/3, Mistral, Qwen2, Qwen3, Gemma 2/3, OLMo 2 and GPT-2 (`lm.hf`). It
-imports neither JAX nor Flax, so reading or checking a configuration costs nothing.
+`ModelConfig` covers Llama 2/3, Mistral, Qwen2, Qwen3, Gemma 2/3, OLMo 2 and GPT-2, and with experts
+Mixtral, Qwen2-MoE, Qwen3-MoE, OLMoE and DeepSeek-V2/V3 (`lm.hf`). It imports neither JAX nor Flax,
+so reading or checking a configuration costs nothing.
 """
 
 import dataclasses
@@ -11,6 +12,7 @@ from typing import Literal
 from lm.checks import ConfigError as ConfigError
 from lm.checks import check as check
 from lm.checks import check_positive as check_positive
+from lm.config_mla import MLAConfig
 from lm.config_moe import MoEConfig
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -39,10 +41,19 @@ class RopeScaling:
     """yarn: dimensions with fewer rotations than this are divided by `factor`."""
     attention_factor: float | None = None
     """yarn: multiplies cos and sin; None is 0.1 ln(factor) + 1."""
+    mscale: float | None = None
+    """yarn, mla: with both, cos and sin are multiplied by m(mscale) / m(mscale_all_dim), with
+    m(s) = 0.1 s ln(factor) + 1, where attention_factor does not say otherwise (DeepSeek)."""
+    mscale_all_dim: float | None = None
+    """yarn, mla: attention scores are multiplied by m(mscale_all_dim)^2 (DeepSeek)."""
 
     def __post_init__(self):
         check_positive(self, "factor", "original_context", "low_freq_factor", "high_freq_factor")
         check_positive(self, "beta_fast", "beta_slow")
+        for name in ("mscale", "mscale_all_dim"):
+            if getattr(self, name) is not None:
+                check_positive(self, name)
+                check(self.kind == "yarn", f"RopeScaling.{name} is for kind yarn, not {self.kind}")
         check(
             self.kind in ("linear", "llama3", "yarn"),
             f"RopeScaling.kind must be linear, llama3 or yarn, got {self.kind!r}",
@@ -138,6 +149,11 @@ class ModelConfig:
     """Width of one head; None means d_model / num_heads."""
     d_ff: int = 2048
     """Hidden width of the MLP."""
+    attention_kind: Literal["grouped", "mla"] = "grouped"
+    """grouped: multi-head attention, in which several query heads may share a key and value head.
+    mla: multi-head latent attention, which `mla` below describes."""
+    mla: MLAConfig = MLAConfig()
+    """Latent attention."""
     mlp: str = "swiglu"
     """Registered MLP kind (`lm.layers.mlp.MLPS`): "swiglu", "gelu", "geglu", or "moe", which `moe`
     below describes."""
@@ -151,6 +167,9 @@ class ModelConfig:
     rope_theta_local: float | None = None
     """Rotary base of "sliding" layers, which rope_scaling then leaves alone (Gemma 3); None is
     rope_theta and its scaling."""
+    rope_interleave: bool = False
+    """The pairs that are rotated are neighbours, (x[2 i], x[2 i + 1]) (DeepSeek), instead of
+    (x[i], x[i + width / 2])."""
     positions: Literal["rotary", "learned"] = "rotary"
     """How a token's position enters: by rotating queries and keys, or by an embedding with
     max_context rows that is added to the tokens' (GPT-2)."""
@@ -207,6 +226,7 @@ class ModelConfig:
         check_positive(self, "vocab_size", "num_layers", "d_model", "num_heads", "num_kv_heads")
         check_positive(self, "unroll", "d_ff", "max_context", "norm_eps", "rope_theta", "init_std")
         self._check_experts()
+        self._check_latents()
         if self.head_dim is None:
             check(
                 self.d_model % self.num_heads == 0,
@@ -216,7 +236,7 @@ class ModelConfig:
             object.__setattr__(self, "head_dim", self.d_model // self.num_heads)
         check_positive(self, "head_dim")
         check(
-            self.head_dim % 2 == 0,
+            self.rope_dim % 2 == 0,
             f"head_dim must be even for the rotary embedding, got {self.head_dim}",
         )
         check(
@@ -264,9 +284,48 @@ class ModelConfig:
         if self.rope_theta_local is not None:
             check_positive(self, "rope_theta_local")
 
+    def _check_latents(self):
+        """Heads of latent attention follow from `mla`; without it nothing reads `mla`."""
+        scaling = self.rope_scaling
+        if self.attention_kind != "mla":
+            check(
+                self.attention_kind == "grouped",
+                f"attention_kind must be grouped or mla, got {self.attention_kind!r}",
+            )
+            for field in dataclasses.fields(self.mla):
+                check(
+                    getattr(self.mla, field.name) == field.default,
+                    f"model.mla.{field.name} is given but model.attention_kind is "
+                    f"{self.attention_kind}: add --model.attention-kind mla",
+                )
+            check(
+                scaling is None or not (scaling.mscale or scaling.mscale_all_dim),
+                "model.rope_scaling.mscale and mscale_all_dim are for model.attention_kind mla: "
+                "give attention_factor instead",
+            )
+            return
+        for name, needed in (
+            ("num_kv_heads", self.num_heads),
+            ("head_dim", self.mla.qk_head_dim),
+            *(("qk_norm", False), ("qkv_bias", False), ("positions", "rotary")),
+        ):
+            value = getattr(self, name)
+            check(
+                value in (None, needed),
+                f"model.{name} is {value!r}, which latent attention does not have (model."
+                f"attention_kind mla): it must be {needed!r}, so leave it out",
+            )
+        object.__setattr__(self, "head_dim", self.mla.qk_head_dim)
+
     def _check_experts(self):
         """A flag that no layer would read is a mistake, not a wish."""
         if self.mlp == "moe":
+            dense = self.moe.dense_layers
+            check(
+                all(layer < self.num_layers for layer in dense) and len(dense) < self.num_layers,
+                f"model.moe.dense_layers {dense} must lie below model.num_layers "
+                f"({self.num_layers}) and leave a layer to the experts",
+            )
             check(not self.mlp_bias, "model.mlp_bias is not for model.mlp moe: experts have none")
             inside = {"gate", "up", "down"}.intersection(self.adapter.targets)
             check(
@@ -285,6 +344,32 @@ class ModelConfig:
     def d_expert(self) -> int:
         """Hidden width of one expert."""
         return self.moe.d_expert or self.d_ff
+
+    @property
+    def shared_width(self) -> int:
+        """Hidden width of all shared experts of a layer together."""
+        return self.moe.shared * (self.moe.d_shared or self.d_expert)
+
+    @property
+    def rope_dim(self) -> int:
+        """Dimensions of a head that the rotary embedding turns."""
+        return self.mla.qk_rope_head_dim if self.attention_kind == "mla" else self.head_dim
+
+    @property
+    def stacks(self) -> dict[str, tuple[int, ...]]:
+        """Layers of each stack of like ones in the tree of parameters, by the stack's name.
+
+        "layers" are all of them, or those with experts; "dense_layers", which only models with
+        `moe.dense_layers` have, are the others.
+        """
+        dense = self.moe.dense_layers
+        layers = tuple(i for i in range(self.num_layers) if i not in dense)
+        return {"layers": layers} | ({"dense_layers": dense} if dense else {})
+
+    @property
+    def dense(self) -> "ModelConfig":
+        """The same model with the MLP of `moe.dense_layers` in all layers."""
+        return dataclasses.replace(self, mlp=self.moe.activation, moe=MoEConfig())
 
     @property
     def windows(self) -> tuple[int | None, ...]:

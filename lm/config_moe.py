@@ -24,7 +24,14 @@ class MoEConfig:
     d_expert: int | None = None
     """Hidden width of one expert; None is model.d_ff."""
     shared: int = 0
-    """Experts, as wide as the others, that every token visits besides."""
+    """Experts that every token visits besides."""
+    d_shared: int | None = None
+    """Hidden width of one shared expert; None is that of the others."""
+    shared_gate: bool = False
+    """What the shared experts add is multiplied by sigmoid(x w), w being learned (Qwen2-MoE)."""
+    dense_layers: tuple[int, ...] = ()
+    """Layers, from 0, that have an ordinary MLP of width model.d_ff instead of experts (DeepSeek:
+    the first ones)."""
     activation: Literal["swiglu", "gelu"] = "swiglu"
     """MLP that an expert is."""
     scoring: Literal["softmax", "sigmoid"] = "softmax"
@@ -58,7 +65,7 @@ class MoEConfig:
 
     def __post_init__(self):
         check_positive(self, "experts", "top_k", "groups", "groups_kept", "scale")
-        for name in ("d_expert", "capacity_factor"):
+        for name in ("d_expert", "d_shared", "capacity_factor"):
             if getattr(self, name) is not None:
                 check_positive(self, name)
         for name in ("shared", "sd_rank", "balance_weight", "z_weight", "bias_rate"):
@@ -75,6 +82,17 @@ class MoEConfig:
             names = ", ".join(n for n in known if n)
             check(value in known, f"model.moe.{name} must be one of {names}, got {value!r}")
         self._check_kind()
+        for name in ("d_shared", "shared_gate"):
+            check(
+                self.shared > 0 or not getattr(self, name),
+                f"model.moe.{name} is given but there are no shared experts: set model.moe.shared",
+            )
+        object.__setattr__(self, "dense_layers", tuple(sorted(self.dense_layers)))
+        check(
+            len(set(self.dense_layers)) == len(self.dense_layers)
+            and all(type(layer) is int and layer >= 0 for layer in self.dense_layers),
+            f"model.moe.dense_layers must name layers, from 0, once each, got {self.dense_layers}",
+        )
         check(
             self.order == "softmax_topk" or self.scoring == "softmax",
             "model.moe.order topk_softmax is a softmax: set model.moe.scoring to softmax",
@@ -99,6 +117,7 @@ class MoEConfig:
         unread += ("capacity_factor",) if self.kind == "head_wise" else ()
         if self.kind != "token":
             unread += ("shared", "scoring", "order", "normalize", "groups", "groups_kept", "scale")
+            unread += ("d_shared", "shared_gate")
             unread += ("bias_rate", "sd_rank", "exchange", "balance_per_sequence", "z_weight")
         for field in dataclasses.fields(self):
             check(

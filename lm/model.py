@@ -28,24 +28,18 @@ from lm.config import ConfigError, ModelConfig
 from lm.layers import rotary, skip
 from lm.layers.adapters import attach
 from lm.layers.linear import Linear, Plug, Site, linear
+from lm.layers.mla import make_attention
 from lm.layers.mlp import make_mlp
 from lm.layers.norms import make_norm
 from lm.layers.parameters import Stack, fan_in_std, normal
-from lm.layers.self_attention import Cache, Rotation, SelfAttention, make_rotation
+from lm.layers.self_attention import Cache, Rotation, make_rotation
+from lm.layers.stack import REMAT_POLICIES as REMAT_POLICIES
+from lm.layers.stack import run_layers
 from lm.sharding import constrain, spec
 
 Params = dict[str, Any]
-"""Nested dict of arrays; leaves of "layers" have a leading layer axis."""
-
-REMAT_POLICIES = {
-    "none": None,
-    # Keep the products, recompute the cheap rest (norms, activations, softmax).
-    "dots": jax.checkpoint_policies.save_only_these_names("linear", "attention", "grouped_matmul"),
-    # Keep one activation per layer besides the layer's input.
-    "attention": jax.checkpoint_policies.save_only_these_names("attention"),
-    # Keep only the input of each layer (of each period of an attention pattern).
-    "full": jax.checkpoint_policies.nothing_saveable,
-}
+"""Nested dict of arrays; leaves of "layers" (and "dense_layers": `ModelConfig.stacks`) have a
+leading layer axis."""
 
 
 class Block(nnx.Module):
@@ -53,7 +47,7 @@ class Block(nnx.Module):
 
     def __init__(self, key: jax.Array, config: ModelConfig, stack: Stack):
         attention_key, mlp_key = jax.random.split(key)
-        self.attention = SelfAttention(attention_key, config, stack)
+        self.attention = make_attention(attention_key, config, stack)
         self.mlp = make_mlp(mlp_key, config, stack)
         if config.norm_position != "post":
             self.attention_norm = make_norm(config, config.d_model, stack)
@@ -117,8 +111,12 @@ class Decoder(nnx.Module):
         self.embedding = normal(
             embed_key, shape, ("vocab", "embed"), std=config.init_std, dtype=dtype
         )
-        self.layers = Block(layers_key, config, Stack(config.num_layers))
-        attach(self.layers, config, jax.random.fold_in(key, 4), Stack(config.num_layers))
+        for number, (name, layers) in enumerate(config.stacks.items()):
+            kind = config.dense if name == "dense_layers" else config
+            block_key = jax.random.fold_in(layers_key, number) if number else layers_key
+            block = Block(block_key, kind, Stack(len(layers)))
+            attach(block, kind, jax.random.fold_in(key, 4 + 2 * number), Stack(len(layers)))
+            setattr(self, name, block)
         if config.positions == "learned":
             position_key, shape = jax.random.fold_in(key, 3), (config.max_context, config.d_model)
             axes, std = ("positions", "embed"), config.init_std
@@ -145,81 +143,15 @@ class Decoder(nnx.Module):
         if self.config.positions == "learned":
             x += _rows(self.position_embedding, rotation.positions).astype(dtype)
         x = constrain(x, ("batch", "sequence", "act_embed"))
-        scanned = (cache, active)
-        x, auxiliary, cache = _run_layers(self.layers, x, rotation, self.config, plug, scanned)
+        blocks = {name: getattr(self, name) for name in self.config.stacks}
+        per_layer = (cache, active)
+        x, auxiliary, cache = run_layers(blocks, x, rotation, self.config, plug, per_layer)
         return self.final_norm(x), auxiliary, cache
 
 
 def _rows(table: nnx.Param, ids):
     rows = jnp.asarray(table[...]).at[ids]
     return rows.get(mode="fill", fill_value=jnp.nan, wrap_negative_indices=False)
-
-
-def _run_layers(layers: Block, x, rotation, config: ModelConfig, plug, per_layer):
-    """Scan the stacked layers, one period of the attention pattern at a time.
-
-    Without a loop (`config.unroll`) nothing the backward pass needs is copied into and out of
-    stacked buffers; with one, the program does not grow with depth. `per_layer` is what each layer
-    gets of its own besides parameters: (cache or None, active or None).
-    """
-    graphdef, state = nnx.split(layers)
-    windows = config.windows
-    period = len(windows)
-    looped = config.num_layers > config.unroll
-    whole = config.num_layers - config.num_layers % period if looped else 0
-
-    def one(x, scanned, window):
-        state, layer, (cache, active) = scanned
-        return nnx.merge(graphdef, state)(x, rotation, window, plug, layer, cache, active)
-
-    def body(x, scanned):
-        auxiliaries, caches = [], []
-        for i, window in enumerate(windows):
-            # With one layer a period there is no inner axis to index.
-            inner = scanned if period == 1 else _index(scanned, i)
-            x, auxiliary, layer_cache = one(x, inner, window)
-            auxiliaries.append(auxiliary)
-            caches.append(layer_cache)
-        return x, _stack_period((auxiliaries, caches), period)
-
-    if config.remat != "none":
-        body = jax.checkpoint(body, policy=REMAT_POLICIES[config.remat], prevent_cse=False)
-    scanned = (state, jnp.arange(config.num_layers), per_layer)
-    outputs = []
-    if whole:
-        groups = jax.tree.map(lambda leaf: _fold(leaf[:whole], period), scanned)
-        x, stacked = jax.lax.scan(body, x, groups)
-        outputs.append(jax.tree.map(lambda leaf: _unfold(leaf, period), stacked))
-    # Layers beyond the last whole period (Gemma 3: 26 layers, a period of 6) run one by one.
-    for index in range(whole, config.num_layers):
-        inner = _index(scanned, index)
-        run = functools.partial(one, window=windows[index % period])
-        if config.remat != "none":
-            run = jax.checkpoint(run, policy=REMAT_POLICIES[config.remat])
-        x, auxiliary, layer_cache = run(x, inner)
-        outputs.append(jax.tree.map(lambda leaf: leaf[None], (auxiliary, layer_cache)))
-    auxiliary, new_cache = jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *outputs)
-    return x, auxiliary, new_cache
-
-
-def _index(tree, i):
-    return jax.tree.map(lambda leaf: leaf[i], tree)
-
-
-def _fold(leaf, period):
-    return leaf if period == 1 else leaf.reshape(-1, period, *leaf.shape[1:])
-
-
-def _unfold(leaf, period):
-    return leaf if period == 1 else leaf.reshape(-1, *leaf.shape[2:])
-
-
-def _stack_period(outputs, period):
-    auxiliaries, caches = outputs
-    if period == 1:
-        return auxiliaries[0], caches[0]
-    stack = functools.partial(jax.tree.map, lambda *leaves: jnp.stack(leaves))
-    return stack(*auxiliaries), stack(*caches)
 
 
 @functools.lru_cache(maxsize=64)
@@ -355,6 +287,9 @@ def decode(
 
 def init_cache(config: ModelConfig, batch: int, length: int) -> Cache:
     """An empty cache for `length` tokens in each of `batch` rows, stacked over layers."""
+    if config.attention_kind == "mla":
+        width = config.mla.kv_lora_rank + config.mla.qk_rope_head_dim
+        return Cache(jnp.zeros((config.num_layers, batch, length, 1, width), config.dtype), None)
     shape = (config.num_layers, batch, length, config.num_kv_heads, config.head_dim)
     return Cache(jnp.zeros(shape, config.dtype), jnp.zeros(shape, config.dtype))
 

@@ -233,13 +233,51 @@ def qwen3_moe_small() -> RunConfig:
     )
 
 
+def qwen3_30b_a3b() -> RunConfig:
+    """python scripts/train.py qwen3_30b_a3b --mesh.expert 8 --data.tokenizer qwen3/tokenizer.json
+
+    Qwen3-30B-A3B (arXiv 2505.09388, table 2; config.json of Qwen/Qwen3-30B-A3B-Base), 1,048,576
+    tokens a step; 30.5 billion parameters, 3.3 active. Hardware: 32 accelerators of 80 GB, by
+    --mesh.fsdp 4 besides. Result: only planned (docs/results/planner.md).
+    """
+    return RunConfig(
+        recipe="qwen3_30b_a3b",
+        steps=50_000,
+        batch_size=256,
+        sequence_length=4096,
+        micro_batches=4,
+        model=ModelConfig(
+            vocab_size=151_936,
+            num_layers=48,
+            d_model=2048,
+            num_heads=32,
+            num_kv_heads=4,
+            head_dim=128,
+            d_ff=6144,
+            mlp="moe",
+            moe=MoEConfig(experts=128, top_k=8, d_expert=768, balance_weight=0.001, z_weight=0.0),
+            max_context=32_768,
+            rope_theta=1_000_000.0,
+            norm_eps=1e-6,
+            qk_norm=True,
+            remat="full",
+        ),
+        data=_fineweb("qwen3/tokenizer.json"),
+        optim=OptimConfig(name="adamw", learning_rate=3e-4, warmup_steps=2000),
+        mesh=MeshConfig(expert=8),
+        checkpoint=CheckpointConfig(every=1000),
+        eval=EvalConfig(every=1000, batches=8),
+    )
+
+
 def deepseek_moe_small() -> RunConfig:
     """python scripts/train.py deepseek_moe_small --data.tokenizer deepseek/tokenizer.json
 
-    Fine-grained experts and a shared one, balanced without a loss, as in DeepSeek-V3 (arXiv
-    2412.19437, sections 2.1.2 and 4.2) on layers with ordinary attention: 64 routed experts, top-6,
-    sigmoid scores, bias steps of 0.001 and a sequence-wise loss of 0.0001; 2.18 billion parameters,
-    0.61 active. Hardware: one GPU of 141 GB, or several by --mesh.expert. Result: not measured yet.
+    Fine-grained experts and shared ones behind a dense first layer, balanced without a loss, as in
+    DeepSeek-V3 (arXiv 2412.19437, sections 2.1.2 and 4.2), on layers with ordinary attention
+    (--model.attention-kind mla has latent attention): 64 routed experts, top-6, sigmoid scores,
+    bias steps of 0.001 and a sequence-wise loss of 0.0001; 2.10 billion parameters, 0.61 active.
+    Hardware: one GPU of 141 GB, or several by --mesh.expert. Result: not measured yet.
     """
     return RunConfig(
         recipe="deepseek_moe_small",
@@ -261,6 +299,7 @@ def deepseek_moe_small() -> RunConfig:
                 top_k=6,
                 d_expert=352,
                 shared=2,
+                dense_layers=(0,),
                 scoring="sigmoid",
                 scale=2.5,
                 groups=8,
@@ -283,7 +322,7 @@ def deepseek_moe_small() -> RunConfig:
 
 _ALL = (
     tiny, gpt2_124m, llama3_1b, llama3_8b, qwen3_0_6b, moe_tiny, qwen3_moe_small,
-    deepseek_moe_small,
+    qwen3_30b_a3b, deepseek_moe_small,
 )  # fmt: skip
 RECIPES: dict[str, Callable[[], RunConfig]] = {recipe.__name__: recipe for recipe in _ALL}
 

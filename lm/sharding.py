@@ -23,6 +23,8 @@ RULES: Mapping[str, tuple[str, ...]] = {
     "embed": ("fsdp",),
     "heads": ("tensor",),
     "kv_heads": ("tensor",),
+    "latent": (),  # what latent attention projects down to, ...
+    "latent_in": ("fsdp",),  # ... and up from
     "mlp": ("tensor",),
     "vocab": ("tensor",),
     "experts": ("expert",),
@@ -151,6 +153,9 @@ def check_mesh(model: ModelConfig, batch_size: int, micro_batches: int, mesh: Me
         },
         "fsdp": {"d_model": model.d_model},
     }
+    if model.attention_kind == "mla":
+        ranks = {"kv_lora_rank": model.mla.kv_lora_rank, "q_lora_rank": model.mla.q_lora_rank}
+        sizes["fsdp"] |= {f"mla.{name}": rank for name, rank in ranks.items() if rank}
     if model.mlp == "moe":
         sizes["expert"] = {"moe.experts": model.moe.experts}
         sizes["tensor"]["moe.d_expert"] = model.d_expert

@@ -6,12 +6,14 @@
 """
 
 from lm.hf.families import FAMILIES
-from lm.hf.peft import load_adapter, save_adapter
+from lm.hf.peft import adapter_config, adapter_params, load_adapter, save_adapter
 from lm.hf.reader import is_hf, load, load_config, load_params
 from lm.hf.writer import save
 
 __all__ = [
     "FAMILIES",
+    "adapter_config",
+    "adapter_params",
     "is_hf",
     "load",
     "load_adapter",

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from lm.config import ConfigError, ModelConfig
+from lm.config_mla import MLAConfig
 from lm.config_moe import MoEConfig
 from lm.hf.families import FAMILIES
 from lm.hf.family import UNIMPORTANT, Family
@@ -33,6 +34,7 @@ def read_config(content: Mapping[str, Any], where: str, dtype: str) -> tuple[Fam
     """
     family = _family_of(content, where)
     keys = Reader(content)
+    keys.take("auto_map")  # which names what the family knows
     fields: dict[str, Any] = dict(family.fields)
     try:
         for rule in family.rules:
@@ -43,9 +45,10 @@ def read_config(content: Mapping[str, Any], where: str, dtype: str) -> tuple[Fam
                 f"{'are' if unknown[1:] else 'is'} not understood for {family.model_type} and may "
                 "change what the model computes: if not, remove from the file"
             )
-        experts = {k.removeprefix("moe."): fields.pop(k) for k in [*fields] if k.startswith("moe.")}
-        if experts:
+        if experts := _part(fields, "moe."):
             fields |= {"mlp": "moe", "moe": MoEConfig(**experts)}
+        if latents := _part(fields, "mla."):
+            fields |= {"attention_kind": "mla", "mla": MLAConfig(**latents)}
         return family, ModelConfig(**fields, dtype=dtype, param_dtype=dtype)
     except ConfigError as error:
         raise ConfigError(f"{where}: {error}") from None
@@ -53,8 +56,19 @@ def read_config(content: Mapping[str, Any], where: str, dtype: str) -> tuple[Fam
         raise ConfigError(f"{where} holds a value of a wrong type: {error}") from None
 
 
+def _part(fields: dict[str, Any], front: str) -> dict[str, Any]:
+    """The fields of a nested configuration, taken out of all fields."""
+    return {key.removeprefix(front): fields.pop(key) for key in [*fields] if key.startswith(front)}
+
+
 def _family_of(content: Mapping[str, Any], where: str) -> Family:
-    if "auto_map" in content:
+    kind = content.get("model_type")
+    known = FAMILIES[kind].code if kind in FAMILIES else ()
+    code = content.get("auto_map", {})
+    # "REPOSITORY--module.Class" where a copy of the file names the place of the code.
+    values = code.values() if isinstance(code, dict) else [code]
+    names = [str(name).rpartition("--")[2] for name in values]
+    if not set(names) <= set(known):
         raise ConfigError(
             f"{where} has auto_map: this model brings Python code of its own (trust_remote_code), "
             "which is not run here"
@@ -64,7 +78,6 @@ def _family_of(content: Mapping[str, Any], where: str) -> Family:
             f"{where} has quantization_config: quantized checkpoints cannot be read; give the "
             "model in bfloat16, float16 or float32"
         )
-    kind = content.get("model_type")
     if kind not in FAMILIES:
         raise ConfigError(
             f"{where}: model_type {kind!r} is not known; there are {', '.join(FAMILIES)}"
@@ -133,9 +146,11 @@ def _architecture(config: ModelConfig) -> dict[str, Any]:
         del fields[name]
     moe = dataclasses.asdict(fields.pop("moe"))
     if config.mlp == "moe":
-        moe["d_expert"] = config.d_expert
+        moe |= {"d_expert": config.d_expert, "d_shared": None, "shared": config.shared_width}
+        moe["bias_rate"] = config.moe.bias_rate > 0  # whether there is a bias; its rate is training
         fields |= {f"moe.{name}": value for name, value in moe.items() if name not in _MOE_TRAINING}
-        del fields["d_ff"]  # the width of dense layers, of which there are none
+        if not config.moe.dense_layers:
+            del fields["d_ff"]  # their width
     windows = config.windows
     fields["windows"] = tuple(windows[i % len(windows)] for i in range(config.num_layers))
     if config.query_pre_attn_scalar is None:

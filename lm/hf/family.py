@@ -14,7 +14,8 @@ class Tensor:
     """A parameter of ours and the checkpoint's tensor (or tensors) that hold it.
 
     Parameters under "layers" are stacked; "{layer}" in the name counts them, and "{expert}" what
-    lies along a second leading axis.
+    lies along a second leading axis. The same goes for those of "dense_layers"
+    (`ModelConfig.stacks`), whose tensors have the same names.
     """
 
     param: str
@@ -43,6 +44,12 @@ class Family:
     """Front of the names of all but the head; some checkpoints of the bare model lack it."""
     buffers: tuple[str, ...] = (r".*rotary_emb\.inv_freq",)
     """Regular expressions of tensors that checkpoints may hold and that are no parameters."""
+    code: tuple[str, ...] = ()
+    """Classes that `auto_map` may name: code that came with the first checkpoints, and is a part of
+    transformers now."""
+    more_layers: bool = False
+    """Checkpoints may hold layers beyond the last (heads that predict further tokens), which
+    transformers leaves out too."""
 
 
 UNIMPORTANT = frozenset(

@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from typing import Any, Protocol
 
 from lm.config import ConfigError, ModelConfig, RopeScaling
+from lm.config_mla import MLAConfig
 from lm.config_moe import MoEConfig
 
 __all__ = ["Choice", "Field", "Fixed", "Flag", "LayerWindows", "MlpWidth", "Reader", "Rope", "Rule"]
@@ -41,14 +42,17 @@ class Reader:
 
 def get(config: ModelConfig, field: str) -> Any:
     """A field of the model, or of its experts: "moe.top_k"."""
+    if field == "moe.d_expert":
+        return config.d_expert  # also where it is that of dense layers
     for name in field.split("."):
         config = getattr(config, name)
     return config
 
 
 def _type(field: str) -> Any:
-    holder = MoEConfig if field.startswith("moe.") else ModelConfig
-    return holder.__dataclass_fields__[field.removeprefix("moe.")].type
+    part, _, name = field.rpartition(".")
+    holder = {"": ModelConfig, "moe": MoEConfig, "mla": MLAConfig}[part]
+    return holder.__dataclass_fields__[name].type
 
 
 class Rule(Protocol):
@@ -183,6 +187,8 @@ _ROPE_KEYS = {
         "beta_fast": "beta_fast",
         "beta_slow": "beta_slow",
         "attention_factor": "attention_factor",
+        "mscale": "mscale",
+        "mscale_all_dim": "mscale_all_dim",
     },
 }
 
@@ -197,6 +203,9 @@ class Rope:
 
     theta: float = 10_000.0
     local_theta: float | None = None
+    mscale: bool = False
+    """Whether `mscale` and `mscale_all_dim` of yarn are kept (latent attention also scales its
+    scores by the second); else they become the factor of cos and sin."""
 
     def read(self, keys: Reader) -> dict[str, Any]:
         parameters = keys.take("rope_parameters", {})
@@ -224,7 +233,8 @@ class Rope:
         for base in (theta, local):
             if isinstance(base, bool) or not isinstance(base, int | float | None):
                 raise ConfigError(f"the base of a rotary embedding must be a number, got {base!r}")
-        result = {"rope_theta": float(theta), "rope_scaling": _read_scaling(rope, context)}
+        scaling = _read_scaling(rope, context, self.mscale)
+        result = {"rope_theta": float(theta), "rope_scaling": scaling}
         return result | ({"rope_theta_local": float(local)} if self.local_theta is not None else {})
 
     def write(self, config: ModelConfig) -> dict[str, Any]:
@@ -238,7 +248,7 @@ class Rope:
         return keys
 
 
-def _read_scaling(rope: dict[str, Any], context: int) -> RopeScaling | None:
+def _read_scaling(rope: dict[str, Any], context: int, mscale: bool) -> RopeScaling | None:
     kind = rope.pop("rope_type", None) or rope.get("type", "default")
     rope.pop("type", None)
     if kind == "default":
@@ -251,7 +261,9 @@ def _read_scaling(rope: dict[str, Any], context: int) -> RopeScaling | None:
         raise ConfigError("rope_parameters.truncate false is not supported")
     if kind == "yarn":
         scale, all_dim = rope.pop("mscale", None), rope.pop("mscale_all_dim", None)
-        if scale and all_dim and rope.get("attention_factor") is None:
+        if mscale:
+            rope |= {"mscale": scale or None, "mscale_all_dim": all_dim or None}  # 0 means none
+        elif scale and all_dim and rope.get("attention_factor") is None:
             growth = 0.1 * math.log(max(rope.get("factor", 1.0), 1.0))
             rope["attention_factor"] = (scale * growth + 1) / (all_dim * growth + 1)
     names = _ROPE_KEYS[kind]
@@ -276,8 +288,9 @@ class LayerWindows:
 
     kind "all": every layer, if `sliding_window` is set (Mistral). "switch": every layer, if
     `use_sliding_window` is set besides (Qwen3-MoE). "upper": layers from
-    `max_window_layers` on, if `use_sliding_window` is (Qwen). "period": all but every n-th, n being
-    `sliding_window_pattern` (Gemma).
+    `max_window_layers` on, if `use_sliding_window` is (Qwen). "even": layers 0, 2, ... below
+    `max_window_layers`, if `use_sliding_window` is (Qwen2-MoE). "period": all but every n-th, n
+    being `sliding_window_pattern` (Gemma).
     """
 
     kind: str
@@ -297,10 +310,14 @@ class LayerWindows:
             sliding = [on and window is not None] * layers
             if types is not None and types != _types(sliding):
                 raise ConfigError("layer_types differs from sliding_window, which this family uses")
-        elif self.kind == "upper":
-            first = keys.take("max_window_layers", 28)
-            used = keys.take("use_sliding_window", False)
-            sliding = [bool(used) and window is not None and i >= first for i in range(layers)]
+        elif self.kind in ("upper", "even"):
+            limit = keys.take("max_window_layers", 28)
+            used = bool(keys.take("use_sliding_window", False)) and window is not None
+            among = (lambda i: i >= limit) if self.kind == "upper" else (lambda i: i < limit)
+            step = 1 if self.kind == "upper" else 2
+            sliding = [used and among(i) and i % step == 0 for i in range(layers)]
+            if self.kind == "even" and types and not used and _NAMES[1] in types:
+                raise ConfigError("layer_types has sliding layers, but use_sliding_window is not")
         else:
             period = keys.take("_sliding_window_pattern", self.period)  # as version 5 writes it
             period = keys.take("sliding_window_pattern", period)
@@ -326,6 +343,9 @@ class LayerWindows:
         if self.kind == "upper":
             first = sliding.index(True) if any(sliding) else config.num_layers
             keys |= {"use_sliding_window": any(sliding), "max_window_layers": first}
+        elif self.kind == "even":
+            limit = len(sliding) if any(sliding) else 0
+            keys |= {"use_sliding_window": any(sliding), "max_window_layers": limit}
         else:
             keys |= {"sliding_window": config.sliding_window or self.window}
             period = sliding.index(False) + 1 if not all(sliding) else len(sliding) + 1

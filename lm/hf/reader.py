@@ -25,7 +25,7 @@ from lm import model
 from lm.config import DTYPES, ConfigError, ModelConfig, check
 from lm.hf.config import read_config
 from lm.hf.family import Family
-from lm.hf.tensors import Leaf, by_path, check_tensors, leaves
+from lm.hf.tensors import Leaf, by_path, check_tensors, dtypes, leaves
 from lm.merging.store import open_store
 from lm.merging.store.files import FileStore, read_json
 from lm.merging.types import Store, TensorInfo
@@ -84,7 +84,7 @@ def load(
         kinds = _dtypes(store, wanted, check_tensors(family, wanted, _present(store), str(path))[0])
         main = dtype or Counter(kinds.values()).most_common(1)[0][0]
         config = dataclasses.replace(config, dtype=main, param_dtype=main)
-        kinds = dict.fromkeys(kinds, dtype) if dtype else kinds
+        kinds = dtypes(config, dtype) if dtype else kinds
         return config, _read(store, family, wanted, kinds, _layout(config, sharding, wanted))
 
 

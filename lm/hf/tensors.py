@@ -14,7 +14,7 @@ from lm.config import ConfigError, ModelConfig
 from lm.hf.family import Family, Tensor
 from lm.merging.types import TensorInfo
 
-__all__ = ["Leaf", "by_path", "check_tensors", "leaves", "stored_shape"]
+__all__ = ["Leaf", "by_path", "check_tensors", "dtypes", "leaves", "stored_shape"]
 
 _LISTED = 8
 
@@ -30,6 +30,8 @@ class Leaf(NamedTuple):
     (layers, experts)."""
     names: tuple[str, ...]
     """Those tensors, in order."""
+    layers: tuple[int, ...]
+    """Numbers of the model's layers that lie along the first axis; () outside of layers."""
 
 
 def by_path(tree: model.Params) -> dict[tuple[str, ...], jax.Array]:
@@ -47,15 +49,19 @@ def leaves(family: Family, config: ModelConfig) -> list[Leaf]:
     shapes = dict(_shapes(dataclasses.replace(config, dtype="float32", param_dtype="float32")))
     result = []
     for tensor in family.tensors:
-        path = tuple(tensor.param.split("/"))
-        shape = shapes.pop(path, None)
-        if shape is None:  # this model has no such bias, norm or head
-            continue
-        stack = shape[: ("{layer}" in tensor.name) + ("{expert}" in tensor.name)]
-        every = itertools.product(*map(range, stack))
-        named = (dict(zip(("layer", "expert"), index, strict=False)) for index in every)
-        names = tuple(tensor.name.format(**numbers) for numbers in named)
-        result.append(Leaf(path, shape, tensor, stack, names))
+        front, *rest = tensor.param.split("/")
+        stacks = config.stacks if front == "layers" else {front: ()}
+        for name, layers in stacks.items():
+            path = (name, *rest)
+            shape = shapes.pop(path, None)
+            if shape is None:  # this model has no such bias, norm, expert or head
+                continue
+            stack = shape[: bool(layers) + ("{expert}" in tensor.name)]
+            axes = [layers] * bool(layers) + [range(n) for n in stack[bool(layers) :]]
+            every = itertools.product(*axes)
+            named = (dict(zip(("layer", "expert"), index, strict=False)) for index in every)
+            names = tuple(tensor.name.format(**numbers) for numbers in named)
+            result.append(Leaf(path, shape, tensor, stack, names, layers))
     if shapes:
         missing = ", ".join("/".join(path) for path in shapes)
         raise ConfigError(f"models of the family {family.model_type} have no {missing}")
@@ -65,6 +71,12 @@ def leaves(family: Family, config: ModelConfig) -> list[Leaf]:
 @functools.lru_cache(maxsize=64)
 def _shapes(config: ModelConfig) -> dict[tuple[str, ...], tuple[int, ...]]:
     return {path: leaf.shape for path, leaf in by_path(model.abstract_params(config)).items()}
+
+
+def dtypes(config: ModelConfig, dtype: str) -> dict[tuple[str, ...], str]:
+    """Of each parameter of a model in `dtype`; selection biases of experts are float32 in all."""
+    params = model.abstract_params(dataclasses.replace(config, dtype=dtype, param_dtype=dtype))
+    return {path: leaf.dtype.name for path, leaf in by_path(params).items()}
 
 
 def stored_shape(leaf: Leaf) -> tuple[int, ...]:
@@ -101,6 +113,11 @@ def check_tensors(
         for name in set(present) - set(stored.values())
         if not any(pattern.fullmatch(name) for pattern in buffers)
     )
+    if family.more_layers:
+        number = re.compile(re.escape(family.prefix) + r"layers\.(\d+)\.")
+        count = 1 + max(max(leaf.layers, default=0) for leaf in wanted)
+        found = {name: number.match(name) for name in extra}
+        extra = [name for name in extra if not (m := found[name]) or int(m[1]) < count]
     head = next((t.name for t in family.tensors if t.param == "head/kernel"), None)
     tied = head if head in extra and head not in shapes else None
     if extra := [name for name in extra if name != tied]:

@@ -10,7 +10,7 @@ from lm.config import ConfigError
 from lm.files import atomic_write_json
 from lm.merging.store.files import read_json
 
-__all__ = ["FILES", "check_vocabulary", "copy_tokenizer", "prompt_ids", "token_ids"]
+__all__ = ["FILES", "check_vocabulary", "copy_tokenizer", "end_ids", "prompt_ids", "token_ids"]
 
 FILES = (
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
@@ -43,6 +43,16 @@ def prompt_ids(path: str | os.PathLike) -> list[int]:
     starts = range(len(framed) - len(bare) + 1)
     start = next((i for i in starts if framed[i : i + len(bare)] == bare), 0)
     return framed[:start]
+
+
+def end_ids(path: str | os.PathLike) -> list[int]:
+    """The tokens that end a text by a folder's generation_config.json (chat models have several).
+
+    Empty without that file, or for what is no folder of Hugging Face's.
+    """
+    file = Path(path) / "generation_config.json"
+    ids = read_json(file).get("eos_token_id") if file.is_file() else None
+    return [] if ids is None else [ids] if isinstance(ids, int) else list(ids)
 
 
 def token_ids(tokenizer: str | os.PathLike | None, vocab_size: int) -> dict[str, Any]:
@@ -90,22 +100,10 @@ def _folder(tokenizer: str | os.PathLike) -> Path:
 
 def write_byte_tokenizer(folder: Path) -> None:
     """The tokenizer of bytes (`lm.data.tokenizer.ByteTokenizer`) as tokenizer.json: same ids."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from lm.data.tokenizer import END_OF_TEXT, ByteTokenizer
 
-    from lm.data.tokenizer import END_OF_TEXT
-
-    # The letters that byte-level BPE writes bytes as: printable Latin-1 stands for itself, the
-    # other bytes for the letters from 256 on (the encoder of GPT-2).
-    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    others = [byte for byte in range(256) if byte not in printable]
-    letters = {byte: chr(byte) for byte in printable}
-    letters |= {byte: chr(256 + i) for i, byte in enumerate(others)}
-    vocabulary = {letters[byte]: byte for byte in range(256)}
-    tokenizer = Tokenizer(models.BPE(vocabulary, []))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens([END_OF_TEXT])
-    atomic_write_json(folder / "tokenizer.json", json.loads(tokenizer.to_str()))
+    library = ByteTokenizer().library()
+    atomic_write_json(folder / "tokenizer.json", json.loads(library.to_str()))
     settings = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "bos_token": END_OF_TEXT,

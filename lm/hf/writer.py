@@ -18,7 +18,7 @@ from lm import model
 from lm.config import DTYPES, ConfigError, ModelConfig, check
 from lm.files import atomic_write_json, explain_os_error, sync_folder
 from lm.hf.config import choose_family, write_config
-from lm.hf.tensors import Leaf, by_path, leaves, stored_shape
+from lm.hf.tensors import Leaf, by_path, dtypes, leaves, stored_shape
 from lm.hf.tokenizer import copy_tokenizer, token_ids
 from lm.merging.store.writer import ShardFiles, make_layout
 from lm.merging.types import StorageError, TensorInfo
@@ -66,7 +66,8 @@ def save(
     _check_params(wanted, arrays)
     content = write_config(kind, config, _main_dtype(arrays, dtype))
     content |= token_ids(tokenizer, config.vocab_size)
-    outputs = _outputs(wanted, arrays, dtype)
+    kept = {path: str(array.dtype) for path, array in arrays.items()}
+    outputs = _outputs(wanted, dtypes(config, dtype) if dtype else kept)
     try:
         if folder.exists() and any(folder.iterdir()):
             raise ConfigError(f"{folder} is not empty: choose another folder or remove it")
@@ -107,16 +108,21 @@ def _main_dtype(arrays: dict[tuple[str, ...], jax.Array], dtype: str | None) -> 
     return dtype or str(max(arrays.values(), key=lambda array: array.size).dtype)
 
 
-def _outputs(wanted: list[Leaf], arrays, dtype: str | None) -> dict[str, tuple[TensorInfo, list]]:
+def _outputs(
+    wanted: list[Leaf], kinds: dict[tuple[str, ...], str]
+) -> dict[str, tuple[TensorInfo, list]]:
     """What is written, layer by layer: name -> (its place, the parts that lie in it)."""
     outputs: dict[str, tuple[TensorInfo, list[tuple[Leaf, int]]]] = {}
-    layers = max(leaf.stack[0] for leaf in wanted if leaf.stack)
+    layers = 1 + max(max(leaf.layers, default=0) for leaf in wanted)
     for layer in range(layers):
         for leaf in wanted:
-            each = len(leaf.names) // leaf.stack[0] if leaf.stack else 1
-            kind = dtype or str(arrays[leaf.path].dtype)
-            for number in range(layer * each, min((layer + 1) * each, len(leaf.names))):
-                info = TensorInfo(leaf.names[number], stored_shape(leaf), kind)
+            if layer not in (leaf.layers or (0,)):
+                continue
+            at, each = 0, 1
+            if leaf.layers:
+                at, each = leaf.layers.index(layer), len(leaf.names) // len(leaf.layers)
+            for number in range(at * each, (at + 1) * each):
+                info = TensorInfo(leaf.names[number], stored_shape(leaf), kinds[leaf.path])
                 outputs.setdefault(info.name, (info, []))[1].append((leaf, number))
     return outputs
 

@@ -123,7 +123,8 @@ def attach(layers: Any, config: ModelConfig, key: jax.Array, stack: Stack) -> No
         check(
             isinstance(found.get(target), Linear),
             f"model.adapter.targets has {target!r}, which is no projection of these layers (mlp "
-            f"{config.mlp!r}): name those that are, of {', '.join(sum(PLACES.values(), ()))}",
+            f"{config.mlp!r}, attention_kind {config.attention_kind!r}): name those that are, of "
+            f"{', '.join(sum(PLACES.values(), ()))}",
         )
     shapes = target_shapes(config)
     for number, (name, rank) in enumerate(ranks(adapter, shapes).items()):
@@ -142,7 +143,8 @@ def target_shapes(config: ModelConfig) -> dict[str, tuple[int, int]]:
     """(d_in, d_out) of the projections that `config.adapter` targets, in the order of a layer."""
     d, f = config.d_model, config.d_ff
     q, kv = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
-    shapes = {"query": (d, q), "key": (d, kv), "value": (d, kv), "out": (q, d)}
+    o = config.num_heads * config.mla.v_head_dim if config.attention_kind == "mla" else q
+    shapes = {"query": (d, q), "key": (d, kv), "value": (d, kv), "out": (o, d)}
     shapes |= {"gate": (d, f), "up": (d, f), "down": (f, d)}
     return {name: shape for name, shape in shapes.items() if name in config.adapter.targets}
 

@@ -6,6 +6,7 @@ In the tree of parameters, behind the layer axis:
     experts/{gate, up} [E, D, F], experts/down [E, F, D]        ("gate" with SwiGLU only)
     common/{gate, up} [D, F], common/down [F, D]                (SD-MoE, if moe.sd_rank is set)
     shared/{gate, up, down}/kernel                              (if moe.shared is set)
+    shared/router/kernel [D, 1]                                 (if moe.shared_gate is set)
 
 Router products, scores and losses are computed in f32 whatever the model's dtype.
 """
@@ -28,15 +29,15 @@ LOAD = "experts/load"
 
 
 class Router(nnx.Module):
-    """Logits of each expert, f32."""
+    """Logits of each of `experts`, f32; holds their selection bias, if they have one."""
 
-    def __init__(self, key: jax.Array, config: ModelConfig, stack: Stack):
-        shape = (config.d_model, config.moe.experts)
+    def __init__(self, key: jax.Array, config: ModelConfig, stack: Stack, experts: int, bias=False):
+        shape = (config.d_model, experts)
         dtype = config.param_dtype
         self.kernel = normal(
             key, shape, ("embed", "router"), std=config.init_std, dtype=dtype, stack=stack
         )
-        if config.moe.bias_rate:
+        if bias:
             # Steps of 0.001 would be lost in bf16.
             self.bias = constant(0.0, shape[1:], ("router",), dtype="float32", stack=stack)
 
@@ -58,10 +59,13 @@ class Bank(nnx.Module):
 
 
 class Shared(nnx.Module):
-    """The experts that every token visits, as one MLP."""
+    """The experts that every token visits, as one MLP, perhaps gated as a whole."""
 
     def __init__(self, key: jax.Array, config: ModelConfig, stack: Stack):
-        d, width = config.d_model, config.moe.shared * config.d_expert
+        d, width = config.d_model, config.shared_width
+        if config.moe.shared_gate:
+            self.router = Router(jax.random.fold_in(key, 3), config, stack, 1)
+        self.gated = config.moe.shared_gate
         for name, name_key in zip(names(config), jax.random.split(key, 3), strict=False):
             down = name == "down"
             layer = Linear(
@@ -81,7 +85,8 @@ class Shared(nnx.Module):
             h = silu_product(self.gate(x, plug, layer), up)
         else:
             h = jax.nn.gelu(up, approximate=True)
-        return self.down(constrain(h, ("batch", "sequence", "act_mlp")), plug, layer)
+        y = self.down(constrain(h, ("batch", "sequence", "act_mlp")), plug, layer)
+        return y * jax.nn.sigmoid(self.router(x)).astype(y.dtype) if self.gated else y
 
 
 class MoE(nnx.Module):
@@ -94,7 +99,8 @@ class MoE(nnx.Module):
     def __init__(self, key: jax.Array, config: ModelConfig, stack: Stack):
         self.config = config
         router_key, experts_key, shared_key = jax.random.split(key, 3)
-        self.router = Router(router_key, config, stack)
+        bias = config.moe.bias_rate > 0
+        self.router = Router(router_key, config, stack, config.moe.experts, bias)
         experts, common = _banks(experts_key, config, stack)
         layers = () if stack.size is None else ("layers",)
         self.experts = Bank(experts, (*layers, "experts"))

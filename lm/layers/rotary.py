@@ -16,14 +16,15 @@ def inverse_frequencies(config: ModelConfig, local: bool = False) -> tuple[np.nd
     `local`: those of sliding layers, if `config.rope_theta_local` gives them their own.
 
     Returns:
-      (inv_freq, attention_factor): f64 array [head_dim / 2] in radians per token, and the scalar
+      (inv_freq, attention_factor): f64 array [rope_dim / 2] in radians per token, and the scalar
       that YaRN multiplies cos and sin by (1.0 otherwise).
     """
-    half = np.arange(0, config.head_dim, 2, dtype=np.float64)
+    width = config.rope_dim
+    half = np.arange(0, width, 2, dtype=np.float64)
     theta = config.rope_theta_local if local else config.rope_theta
     # Rounded to f32 at each step, as in the code that pretrained models were made with: an angle is
     # frequency times position, so at position 3,000 a last bit shows in the logits.
-    exponents = (half / config.head_dim).astype(np.float32)
+    exponents = (half / width).astype(np.float32)
     powers = (theta ** exponents.astype(np.float64)).astype(np.float32)
     inv_freq = (np.float32(1) / powers).astype(np.float64)
     scaling = config.rope_scaling
@@ -34,9 +35,16 @@ def inverse_frequencies(config: ModelConfig, local: bool = False) -> tuple[np.nd
     if scaling.kind == "llama3":
         return _llama3(inv_freq, scaling), 1.0
     factor = scaling.attention_factor
-    if factor is None:
-        factor = 0.1 * math.log(scaling.factor) + 1.0 if scaling.factor > 1 else 1.0
-    return _yarn(inv_freq, scaling, config.head_dim, config.rope_theta), factor
+    if factor is None and scaling.mscale and scaling.mscale_all_dim:
+        factor = yarn_mscale(scaling, scaling.mscale) / yarn_mscale(scaling, scaling.mscale_all_dim)
+    elif factor is None:
+        factor = yarn_mscale(scaling)
+    return _yarn(inv_freq, scaling, width, config.rope_theta), factor
+
+
+def yarn_mscale(scaling: RopeScaling, mscale: float = 1.0) -> float:
+    """0.1 mscale ln(factor) + 1 (arXiv 2309.00071, section 3.4; mscale is DeepSeek-V2's)."""
+    return 0.1 * mscale * math.log(scaling.factor) + 1.0 if scaling.factor > 1 else 1.0
 
 
 def _llama3(inv_freq, scaling: RopeScaling):
@@ -47,15 +55,15 @@ def _llama3(inv_freq, scaling: RopeScaling):
     return (1 - keep) * inv_freq / scaling.factor + keep * inv_freq
 
 
-def _yarn(inv_freq, scaling: RopeScaling, head_dim: int, theta: float):
+def _yarn(inv_freq, scaling: RopeScaling, width: int, theta: float):
     def dimension(rotations: float) -> float:
         # Index of the pair that turns `rotations` times over the original context.
         log_ratio = math.log(scaling.original_context / (rotations * 2 * math.pi))
-        return head_dim * log_ratio / (2 * math.log(theta))
+        return width * log_ratio / (2 * math.log(theta))
 
     low = max(math.floor(dimension(scaling.beta_fast)), 0)
-    high = min(math.ceil(dimension(scaling.beta_slow)), head_dim - 1)
-    ramp = (np.arange(head_dim // 2) - low) / max(high - low, 1e-3)
+    high = min(math.ceil(dimension(scaling.beta_slow)), width - 1)
+    ramp = (np.arange(width // 2) - low) / max(high - low, 1e-3)
     interpolate = np.clip(ramp, 0.0, 1.0)
     return interpolate * inv_freq / scaling.factor + (1 - interpolate) * inv_freq
 
@@ -71,12 +79,24 @@ def cos_sin(
 
 
 def rotate(
-    x: Float[Array, "B T N H"], cos: Float[Array, "B T half"], sin: Float[Array, "B T half"]
+    x: Float[Array, "B T N H"],
+    cos: Float[Array, "B T half"],
+    sin: Float[Array, "B T half"],
+    interleave: bool = False,
 ) -> Float[Array, "B T N H"]:
-    """Turn each pair (x[i], x[i + H/2]) by its position's angle; f32 inside, dtype of x out."""
-    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    """Turn each pair (x[i], x[i + H/2]) by its position's angle; f32 inside, dtype of x out.
+
+    `interleave`: the pairs are (x[2 i], x[2 i + 1]).
+    """
+    x32 = x.astype(jnp.float32)
+    if interleave:
+        first, second = x32[..., 0::2], x32[..., 1::2]
+    else:
+        first, second = jnp.split(x32, 2, axis=-1)
     cos, sin = cos[:, :, None, :], sin[:, :, None, :]
     turned = (first * cos - second * sin, second * cos + first * sin)
+    if interleave:
+        return jnp.stack(turned, axis=-1).reshape(x.shape).astype(x.dtype)
     return jnp.concatenate(turned, axis=-1).astype(x.dtype)
 
 

@@ -20,7 +20,8 @@ class Cache(NamedTuple):
     """Keys and values of the tokens seen so far; stacked over layers outside of the scan."""
 
     keys: Float[Array, "B S K H"]
-    values: Float[Array, "B S K H"]
+    values: Float[Array, "B S K H"] | None
+    """None where both are made of one latent, which `keys` then holds (`lm.layers.mla`)."""
 
 
 class Rotation(NamedTuple):
@@ -38,12 +39,14 @@ class Rotation(NamedTuple):
     """cos and sin of sliding layers, where they have their own."""
     positions: Int[Array, "B T"] | None = None
 
-    def turn(self, x: Float[Array, "B T N H"], window: int | None) -> Float[Array, "B T N H"]:
+    def turn(
+        self, x: Float[Array, "B T N H"], window: int | None, interleave: bool = False
+    ) -> Float[Array, "B T N H"]:
         """Queries or keys of a layer with this window, rotated by their positions."""
         if self.cos is None:
             return x
         cos, sin = self.local if self.local and window is not None else (self.cos, self.sin)
-        return rotary.rotate(x, cos, sin)
+        return rotary.rotate(x, cos, sin, interleave)
 
 
 def make_rotation(config: ModelConfig, positions: Int[Array, "B T"], **others) -> Rotation:
@@ -117,7 +120,7 @@ class SelfAttention(nnx.Module):
             out = self._attend(q, k, v, rotation, window)
         else:
             cache = _append(cache, k, v, rotation.cache_index)
-            out = _attend_cache(q, cache, rotation, window, self.scale, config.attention_soft_cap)
+            out = attend_cache(q, cache, rotation, window, self.scale, config.attention_soft_cap)
         return self.out(out.reshape(*x.shape[:2], -1), plug, layer), cache
 
     def _attend(self, q, k, v, rotation: Rotation, window):
@@ -142,7 +145,8 @@ class SelfAttention(nnx.Module):
         v = self._heads(self.value(x, plug, layer), kv_heads)
         if config.qk_norm and not config.qk_norm_full:
             q, k = self.query_norm(q), self.key_norm(k)
-        return rotation.turn(q, window), rotation.turn(k, window), v
+        q, k = (rotation.turn(x, window, config.rope_interleave) for x in (q, k))
+        return q, k, v
 
     def _attend_active(self, x, rotation: Rotation, window, plug, layer, active):
         """The same forward pass, with a backward pass of the active heads (`lm.layers.skip`)."""
@@ -205,7 +209,7 @@ def _append(cache: Cache, k, v, index) -> Cache:
     )
 
 
-def _attend_cache(q, cache: Cache, rotation: Rotation, window: int | None, scale, soft_cap):
+def attend_cache(q, cache: Cache, rotation: Rotation, window: int | None, scale, soft_cap):
     """Attention of T new tokens to all S slots of the cache; holds T x S scores, T is small."""
     b, t, n, h = q.shape
     s, groups = cache.keys.shape[1], cache.keys.shape[2]

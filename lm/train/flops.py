@@ -5,7 +5,7 @@ rematerialization repeats, no optimizer, no elementwise work. A multiply-add is 
 """
 
 from lm.config import ConfigError, ModelConfig
-from lm.layers import moe_heads
+from lm.layers import mla, moe_heads
 from lm.layers.adapters import layer_size
 
 # Matrices of d_model x d_ff in one MLP.
@@ -24,8 +24,7 @@ def parameter_count(config: ModelConfig, active: bool = False) -> int:
     if config.mlp not in (*MLP_MATRICES, "moe"):
         raise ConfigError(f"no parameter count for model.mlp {config.mlp!r}")
     norm = (2 if config.norm == "layer" else 1) * d
-    per_layer = _layer_matmul_parameters(config, active)
-    per_layer += norm * (4 if config.norm_position == "both" else 2)
+    per_layer = norm * (4 if config.norm_position == "both" else 2)
     if config.qkv_bias:
         per_layer += heads + 2 * kv_heads
     if config.attention_out_bias:
@@ -35,21 +34,26 @@ def parameter_count(config: ModelConfig, active: bool = False) -> int:
     if config.qk_norm:
         widths = heads + kv_heads if config.qk_norm_full else 2 * config.head_dim
         per_layer += (2 if config.norm == "layer" else 1) * widths
+    if config.attention_kind == "mla":
+        per_layer += config.mla.kv_lora_rank + (config.mla.q_lora_rank or 0)
     embeddings = config.vocab_size * d * (1 if config.tie_embeddings else 2)
     if config.positions == "learned":
         embeddings += config.max_context * d
     per_layer += layer_size(config).total
-    return config.num_layers * per_layer + embeddings + norm  # the last norm
+    layers = config.num_layers * per_layer + _matmul_parameters(config, active)
+    return layers + embeddings + norm  # the last norm
 
 
 def model_flops_per_token(config: ModelConfig, sequence_length: int, causal: bool) -> float | None:
     """FLOPs of forward and backward pass per token of a sequence, or None if not known.
 
-        6 N + 12 H Dh sum_layers(keys)
+        6 N + 6 H (Dqk + Dv) sum_layers(keys)
 
     with N the weights that a token is multiplied by (attention, MLP and head, tied or not; of
     experts those it is routed to and the shared ones, capacity aside; not the embedding's lookup),
-    H = num_heads, Dh = head_dim, and `keys` the mean number of keys that a query attends to.
+    H = num_heads, Dqk and Dv the widths of a key and of a value head (latent attention without
+    absorbing projections, as it is trained), and `keys` the mean number of keys that a query
+    attends to.
     `causal=False` counts the full square, keys = sequence_length in every layer (the convention of
     PaLM, levanter, torchtitan); `causal=True` counts what the mask and the sliding windows leave.
     Boundaries of packed documents are not counted. Beside adapters, frozen weights count 4 N: they
@@ -57,8 +61,7 @@ def model_flops_per_token(config: ModelConfig, sequence_length: int, causal: boo
     """
     if config.mlp not in (*MLP_MATRICES, "moe"):
         return None
-    weights = config.num_layers * _layer_matmul_parameters(config)
-    weights += config.vocab_size * config.d_model
+    weights = _matmul_parameters(config) + config.vocab_size * config.d_model
     windows = config.windows
     keys = 0.0
     for layer in range(config.num_layers):
@@ -66,7 +69,8 @@ def model_flops_per_token(config: ModelConfig, sequence_length: int, causal: boo
         keys += mean_keys(sequence_length, window) if causal else sequence_length
     if config.adapter.kind != "none":  # frozen weights have no gradient, adapters have
         weights = weights * 4 / 6 + config.num_layers * layer_size(config).active
-    return 6.0 * weights + 12.0 * config.num_heads * config.head_dim * keys
+    v_dim = config.mla.v_head_dim if config.attention_kind == "mla" else config.head_dim
+    return 6.0 * weights + 6.0 * config.num_heads * (config.head_dim + v_dim) * keys
 
 
 def utilization(
@@ -78,22 +82,34 @@ def utilization(
     return flops_per_token * tokens_per_second / (devices * peak)
 
 
-def _layer_matmul_parameters(config: ModelConfig, active: bool = True) -> int:
-    d, head_dim = config.d_model, config.head_dim
-    attention = 2 * d * head_dim * (config.num_heads + config.num_kv_heads)  # q and o, k and v
+def _matmul_parameters(config: ModelConfig, active: bool = True) -> int:
+    """Matrices of all layers."""
+    d = config.d_model
+    attention = 2 * d * config.head_dim * (config.num_heads + config.num_kv_heads)  # qo, kv
+    if config.attention_kind == "mla":
+        attention = mla.parameter_count(config)
+    dense = len(config.stacks.get("dense_layers", ()))
+    total = config.num_layers * attention + (config.num_layers - dense) * _mlp(config, active)
+    return total + (dense * _mlp(config.dense, active) if dense else 0)
+
+
+def _mlp(config: ModelConfig, active: bool) -> int:
+    """Matrices of the MLP of a layer, or of its experts."""
+    d = config.d_model
     if config.mlp != "moe":
-        return attention + MLP_MATRICES[config.mlp] * d * config.d_ff
+        return MLP_MATRICES[config.mlp] * d * config.d_ff
     moe = config.moe
     if moe.kind != "token":
-        return attention + getattr(moe_heads.size(config), "active" if active else "total")
-    expert = MLP_MATRICES[moe.activation] * d * config.d_expert
-    router = d * moe.experts
+        return getattr(moe_heads.size(config), "active" if active else "total")
+    matrices = MLP_MATRICES[moe.activation] * d
+    expert, shared = matrices * config.d_expert, matrices * config.shared_width
+    router = d * (moe.experts + moe.shared_gate)
     if active:
-        return attention + router + (moe.top_k + moe.shared) * expert
+        return router + moe.top_k * expert + shared
     # What is held but multiplies nothing: selection biases; common matrices, added to the experts.
     bias = moe.experts if moe.bias_rate else 0
     common = expert if moe.sd_rank else 0
-    return attention + router + bias + common + (moe.experts + moe.shared) * expert
+    return router + bias + common + moe.experts * expert + shared
 
 
 def mean_keys(length: int, window: int | None) -> float:

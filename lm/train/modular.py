@@ -48,6 +48,15 @@ def make_run_optimizer(
 def modules(config: RunConfig) -> Any:
     """The tree of `optim.Modules` of a run's family (`lm.train.config_mat.MatConfig.family`)."""
     layers, groups = config.model.num_layers, config.model.num_kv_heads
+    if config.model.moe.dense_layers:
+        raise ConfigError(
+            "optim.name mat takes layers that are all alike: leave out model.moe.dense_layers"
+        )
+    if config.mat.family == "heads" and config.model.attention_kind == "mla":
+        raise ConfigError(
+            "heads of latent attention share a key and cannot be left out one by one: set "
+            "mat.family to layers"
+        )
 
     def branch(path, leaf):
         names = [entry.key for entry in path]
@@ -93,9 +102,10 @@ def flops_share(config: RunConfig, active: dict[str, Any] | None) -> jax.Array |
 
     Counted are products alone (`lm.train.flops`): 1 for forward, 1 for input and 1 for weight
     gradients. A set of active heads pays for its bucket (`lm.layers.skip.HEAD_BUCKETS`) and for
-    computing its attention once more. None for expert layers, whose products are not known here.
+    computing its attention once more. None for expert layers and latent attention, whose products
+    are not known here.
     """
-    if config.model.mlp not in MLP_MATRICES:
+    if config.model.mlp not in MLP_MATRICES or config.model.attention_kind == "mla":
         return None
     if active is None:
         return jnp.ones((), jnp.float32)

@@ -127,6 +127,63 @@ CASES |= {
         EXPERTS | dict(head_dim=8, num_experts=6, moe_intermediate_size=16, norm_topk_prob=True),
     ),
     "olmoe": ("OlmoeConfig", EXPERTS | dict(num_experts=6)),
+    "qwen2_moe": (
+        "Qwen2MoeConfig",
+        EXPERTS
+        | dict(
+            num_hidden_layers=4,
+            num_experts=6,
+            moe_intermediate_size=8,
+            shared_expert_intermediate_size=12,
+            decoder_sparse_step=2,
+            use_sliding_window=True,
+            sliding_window=8,
+            max_window_layers=2,
+        ),
+    ),
+}
+LATENT = dict(
+    num_key_value_heads=4,
+    num_hidden_layers=3,
+    intermediate_size=24,
+    moe_intermediate_size=8,
+    kv_lora_rank=16,
+    qk_nope_head_dim=8,
+    qk_rope_head_dim=4,
+    v_head_dim=6,
+    n_routed_experts=8,
+    first_k_dense_replace=1,
+)
+CASES |= {
+    "deepseek_v2": (
+        "DeepseekV2Config",
+        EXPERTS
+        | LATENT
+        | dict(
+            num_hidden_layers=2,
+            rope_parameters=YARN | {"mscale": 0.8, "mscale_all_dim": 0.5},
+            q_lora_rank=None,
+            rms_norm_eps=1e-2,
+            n_shared_experts=2,
+            num_experts_per_tok=3,  # more than groups, or the best experts are in the best groups
+            topk_method="group_limited_greedy",
+            n_group=4,
+            topk_group=2,
+            routed_scaling_factor=1.5,
+        ),
+    ),
+    "deepseek_v3": (
+        "DeepseekV3Config",
+        EXPERTS
+        | LATENT
+        | dict(
+            q_lora_rank=12,
+            n_shared_experts=1,
+            n_group=4,
+            topk_group=2,
+            num_mtp_layers=0,
+        ),
+    ),
 }
 SHARDED = {"llama": "60KB"}
 """Written in several files."""
@@ -144,11 +201,14 @@ def randomize(model: torch.nn.Module, generator: torch.Generator) -> None:
             neutral = 0.0 if "bias" in name or "gemma" in type(model).__name__.lower() else 1.0
             draw = neutral + 0.3 * draw
         parameter.data.copy_(draw)
+    for name, buffer in model.named_buffers():
+        if "e_score_correction_bias" in name:
+            buffer.data.copy_(0.05 * torch.randn(buffer.shape, generator=generator))
 
 
 @torch.no_grad()
-def expect(model, generator: torch.Generator, long: bool) -> dict[str, np.ndarray]:
-    """What the tests compare with."""
+def expect(model, folder: Path, generator: torch.Generator, long: bool) -> dict[str, np.ndarray]:
+    """What the tests compare with; `folder` holds the model."""
 
     def draw(*shape):
         return torch.randint(3, VOCABULARY, shape, generator=generator)
@@ -185,7 +245,10 @@ def expect(model, generator: torch.Generator, long: bool) -> dict[str, np.ndarra
     best = torch.stack(done.logits)[:, 0].topk(2, dim=-1).values
     out |= {"prompt": prompt.numpy(), "greedy": done.sequences[:, 8:].numpy()}
     out["gap"] = (best[:, 0] - best[:, 1]).min().numpy()
-    model.bfloat16()
+    # Loaded anew: model.bfloat16() would round rotary frequencies and selection biases as well.
+    model = AutoModelForCausalLM.from_pretrained(
+        folder, attn_implementation="eager", dtype=torch.bfloat16
+    ).eval()
     tokens = torch.from_numpy(out["tokens"])
     likelihoods = torch.from_numpy(logits(tokens)).log_softmax(-1)[:, :-1]
     out["likelihoods"] = likelihoods.gather(-1, tokens[:, 1:, None])[..., 0].numpy()
@@ -205,7 +268,7 @@ def make(names: list[str]) -> None:
         randomize(model, generator)
         model.save_pretrained(folder, max_shard_size=SHARDED.get(name, "5GB"))
         (folder / "generation_config.json").unlink(missing_ok=True)
-        expected = expect(model, generator, long=name != "gpt2")
+        expected = expect(model, folder, generator, long=name != "gpt2")
         np.savez_compressed(folder / "expected.npz", **expected)
         size = sum(file.stat().st_size for file in folder.iterdir())
         print(f"{name:12} {size:9,} bytes, smallest gap {expected['gap']:.4f}")

@@ -85,15 +85,23 @@ def test_logits_likelihoods_and_greedy_text_are_those_of_transformers(checkpoint
     assert [int(row[0]) for row in greedy] == expected["greedy"][0].tolist()
 
     # In bfloat16 a logit near 16 is rounded by up to 0.03 already, and a router may choose another
-    # expert, so what must agree to 2e-2 is the mean over a text. Single tokens must not be further
-    # off than those of transformers are.
+    # expert, so what must agree to 2e-2 is the mean over a text: with that of transformers, and
+    # row by row with the exact one. Single tokens must not be further off than theirs are.
     config, params = loaded(checkpoint, dtype="bfloat16")
-    assert {leaf.dtype.name for leaf in jax.tree.leaves(params)} == {"bfloat16"}
+    kinds = dtypes(params)
+    assert kinds.pop("layers/mlp/router/bias", "float32") == "float32"  # as transformers keeps it
+    assert set(kinds.values()) == {"bfloat16"}
     reduced = np.asarray(run(config, params, tokens, **inputs))
     ours, exact = (likelihoods(x[:2, :40], expected["tokens"]) for x in (reduced, logits))
     theirs = expected["likelihoods"]
     assert np.abs(ours.mean() - theirs.mean()) < 2e-2
+    assert np.abs(ours.mean(1) - exact.mean(1)).max() < 2e-2
     assert np.abs(ours - exact).mean() < 1.3 * np.abs(theirs - exact).mean()
+
+
+def dtypes(params) -> dict[str, str]:
+    pairs = jax.tree_util.tree_leaves_with_path(params)
+    return {"/".join(entry.key for entry in path): leaf.dtype.name for path, leaf in pairs}
 
 
 def likelihoods(logits, tokens):
@@ -114,7 +122,28 @@ CHANGES = {
         {"norm_unit_offset": False},
     ],
     "gemma3_text": [{"rope_theta_local": None}, {"rope_scaling": None}],
+    "qwen2_moe": [{"attention_pattern": (), "sliding_window": None}, {"moe.normalize": True}],
+    "deepseek_v2": [
+        {"rope_scaling.mscale": None},
+        {"rope_scaling.mscale": 0.5, "rope_scaling.mscale_all_dim": None},
+        {"rope_interleave": False},
+        {"moe.groups_kept": 4},
+    ],
+    "deepseek_v3": [
+        {"moe.groups_kept": 4},
+        {"moe.normalize": False},
+    ],
 }
+
+
+def changed(config, **fields):
+    """`config` with other fields, nested ones by dotted names."""
+    for name, value in fields.items():
+        part, _, field = name.rpartition(".")
+        if part:
+            field, value = part, dataclasses.replace(getattr(config, part), **{field: value})
+        config = dataclasses.replace(config, **{field: value})
+    return config
 
 
 @pytest.mark.parametrize(
@@ -126,5 +155,13 @@ def test_the_fixtures_would_show_it_if_a_field_were_ignored(fixtures, name, chan
     config, params = lm.hf.load(fixtures / name)
     with np.load(fixtures / name / "expected.npz") as expected:
         tokens, logits = expected["tokens"][:, :24], expected["logits"][:, :24]
-    changed = dataclasses.replace(config, **change)
-    assert np.abs(np.asarray(lm.apply(changed, params, tokens)) - logits).max() > 1e-2
+    got = np.asarray(lm.apply(changed(config, **change), params, tokens))
+    assert np.abs(got - logits).max() > 1e-2
+
+
+def test_the_selection_bias_of_the_fixture_chooses_experts(fixtures):
+    config, params = loaded(fixtures / "deepseek_v3")
+    with np.load(fixtures / "deepseek_v3" / "expected.npz") as expected:
+        tokens, logits = expected["tokens"][:, :24], expected["logits"][:, :24]
+    params["layers"]["mlp"]["router"]["bias"] *= 0
+    assert np.abs(np.asarray(lm.apply(config, params, tokens)) - logits).max() > 1e-2

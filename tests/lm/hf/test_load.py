@@ -109,6 +109,16 @@ def write(path, values):
     path.write_bytes(len(text).to_bytes(8, "little") + text + data)
 
 
+def test_layers_that_predict_further_tokens_are_left_out(altered):
+    def add(values):
+        values["model.layers.3.eh_proj.weight"] = np.ones((32, 64), np.float32)
+
+    config, _ = lm.hf.load(edit(altered("deepseek_v3"), add))
+    assert config.num_layers == 3
+    with pytest.raises(ConfigError, match="not of this model: model.layers.3.eh_proj.weight"):
+        lm.hf.load(edit(altered("deepseek_v2"), add))
+
+
 def edit(folder, change):
     """Apply `change` to the dict of a one-file checkpoint's tensors."""
     store = open_store(str(folder))

@@ -10,7 +10,7 @@ import pytest
 
 import lm
 import lm.hf
-from lm.config import ConfigError, ModelConfig
+from lm.config import ConfigError, MLAConfig, ModelConfig, MoEConfig
 from lm.merging.store import open_store
 
 
@@ -59,6 +59,12 @@ def small(**fields) -> ModelConfig:
     return ModelConfig(**sizes | dict(dtype="float32") | fields)
 
 
+WIDTHS = MLAConfig(
+    q_lora_rank=6, kv_lora_rank=8, qk_nope_head_dim=4, qk_rope_head_dim=4, v_head_dim=4
+)
+V3 = MoEConfig(experts=4, shared=1, scoring="sigmoid", bias_rate=0.02, dense_layers=(0,))
+
+
 @pytest.mark.parametrize(
     "fields,family",
     [
@@ -70,6 +76,10 @@ def small(**fields) -> ModelConfig:
         ({"qk_norm": True, "sliding_window": 8, "attention_pattern": ("full", "sliding")}, "qwen3"),
         ({"qk_norm": True}, "qwen3"),
         ({"qk_norm": True, "qk_norm_full": True, "norm_position": "post"}, "olmo2"),
+        ({"mlp": "moe", "moe": MoEConfig(dense_layers=(1,)), "qk_norm": True}, "qwen3_moe"),
+        ({"mlp": "moe", "moe": MoEConfig(dense_layers=(1,))}, None),
+        ({"attention_kind": "mla", "mla": WIDTHS, "rope_interleave": True}, None),
+        ({"mlp": "moe", "moe": V3, "attention_kind": "mla", "mla": WIDTHS}, "deepseek_v3"),
     ],
     ids=str,
 )
