@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from lm import recipes
-from lm.config import ConfigError, ModelConfig, RopeScaling
+from lm.config import ConfigError, ModelConfig, RopeScaling, check
 from lm.train.config import RunConfig
 from lm.train.config_io import flatten
 
@@ -25,6 +25,8 @@ _ABSENT = object()
 _CLASS_FLAGS = {type(v).__name__: k + "." for k, v in vars(RunConfig()).items()} | {
     "RunConfig": "",
     "RopeScaling": "model.rope_scaling.",
+    "MoEConfig": "model.moe.",
+    "MLAConfig": "model.mla.",
 }
 NOTES = """\
 RECIPE, the first word, sets the defaults shown below (tiny if omitted); --list-recipes shows them.
@@ -48,8 +50,15 @@ def parse_run(argv: Sequence[str] | None = None) -> RunConfig:
         name, words = _take_recipe(words)
         default = recipes.get(name)
         given = _given_flags(words, default)
-        default = _open_defaults(_from_hf(default, given.get("init.from_hf", "")), given)
-        return _parse(words, default, f"{program} {name}")
+        default = _from_hf(default, given.get("init.from_hf", ""), given.get("init.peft", ""))
+        default = _open_defaults(default, given)
+        config = _parse(words, default, f"{program} {name}")
+        check(
+            not config.init.peft or config.model.adapter == default.model.adapter,
+            f"--init.peft {config.init.peft} says what the adapters are: leave out the flags of "
+            "model.adapter",
+        )
+        return config
     except ConfigError as error:
         refuse(program, str(error))
 
@@ -69,7 +78,8 @@ def run_flags(config: RunConfig) -> list[str]:
     changed = {} if config.steps == base.steps else {"steps": str(config.steps)}
     theirs = flatten(_open_defaults(base, changed)) | {"steps": base.steps}
     if theirs["model.head_dim"] is None:
-        theirs["model.head_dim"] = model.d_model / model.num_heads
+        latent = model.attention_kind == "mla"
+        theirs["model.head_dim"] = model.head_dim if latent else model.d_model / model.num_heads
     if theirs["model.num_kv_heads"] is None:
         theirs["model.num_kv_heads"] = model.num_heads
     words = [config.recipe]
@@ -146,8 +156,9 @@ def _nearest_flag(name: str, known: dict[str, str]) -> str:
     return f": did you mean {' or '.join(known[key] for key in near)}?"
 
 
-def _from_hf(default: RunConfig, path: str) -> RunConfig:
-    """The recipe with the model and the tokenizer of a Hugging Face folder, if one is given."""
+def _from_hf(default: RunConfig, path: str, peft: str) -> RunConfig:
+    """The recipe with the model and the tokenizer of a Hugging Face folder, if one is given, and
+    with the adapters of a PEFT folder."""
     if not path:
         return default
     from lm import hf
@@ -155,6 +166,8 @@ def _from_hf(default: RunConfig, path: str) -> RunConfig:
     ours, theirs = default.model, hf.load_config(path)
     kept = ("dtype", "param_dtype", "remat", "unroll", "attention", "loss", "adapter")
     model = dataclasses.replace(theirs, **{name: getattr(ours, name) for name in kept})
+    if peft:
+        model = dataclasses.replace(model, adapter=hf.adapter_config(peft, theirs))
     tokenizer = path if (Path(path) / "tokenizer.json").is_file() else default.data.tokenizer
     return dataclasses.replace(
         default,
@@ -174,7 +187,7 @@ def _open_defaults(default: RunConfig, given: dict[str, str]) -> RunConfig:
     elif given.get("model.rope_scaling") == "None":
         model = dataclasses.replace(model, rope_scaling=None)
     opened = copy.copy(model)
-    if model.head_dim * model.num_heads == model.d_model:
+    if model.attention_kind == "mla" or model.head_dim * model.num_heads == model.d_model:
         object.__setattr__(opened, "head_dim", None)
     if model.num_kv_heads == model.num_heads:
         object.__setattr__(opened, "num_kv_heads", None)

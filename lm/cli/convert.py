@@ -18,6 +18,7 @@ import tyro
 from lm import exit_codes
 from lm.cli.args import one_line_errors, refuse
 from lm.config import ConfigError, ModelConfig, check
+from lm.files import atomic_write_text
 
 _MODEL, _ARRAYS = "model.json", "arrays"
 
@@ -31,8 +32,10 @@ class ConvertArgs:
     dst: tyro.conf.Positional[str]
     """The folder to write; must not exist, or be empty."""
     to: Literal["auto", "hf", "run", "orbax", "peft"] = "auto"
-    """Kind of folder to write. auto is run for a Hugging Face folder and hf for all others. peft is
-    the LoRA adapter of a run by itself; the others get it merged."""
+    """Kind of folder to write. auto is run for a Hugging Face folder and hf for all others, or with
+    --peft. peft is the LoRA adapter of a run by itself; the others get it merged."""
+    peft: str = ""
+    """A folder of PEFT's with LoRA adapters of SRC, a Hugging Face folder: merged into it."""
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
     """Dtype to cast parameters to; None keeps theirs."""
     family: str | None = None
@@ -56,6 +59,10 @@ class Source(NamedTuple):
     params: Any
     tokenizer: str | None
     family: str | None = None
+    base: str = ""
+    """The Hugging Face folder that a run started from."""
+    chat_template: str = ""
+    """Where a run's tokenizer has none: `DataConfig.chat_template`."""
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -83,15 +90,19 @@ def convert(args: ConvertArgs) -> str:
     if dst.exists() and (not dst.is_dir() or any(dst.iterdir())):
         raise ConfigError(f"{dst} is there already and not an empty folder: choose another DST")
     foreign = hf.is_hf(args.src)
+    check(foreign or not args.peft, f"--peft is for a Hugging Face folder, not for {args.src}")
     source = _read(args, foreign)
-    to = args.to if args.to != "auto" else "run" if foreign else "hf"
+    to = args.to if args.to != "auto" else "run" if foreign and not args.peft else "hf"
     tokenizer = args.tokenizer or source.tokenizer
     if to == "hf":
         size = round(args.shard_size * 1e9)
         family = args.family or source.family
+        template = _template(source)
         hf.save(dst, *source[:2], tokenizer, family=family, dtype=args.dtype, shard_size=size)
+        if template:
+            atomic_write_text(dst / "chat_template.jinja", template)
     elif to == "peft":
-        hf.save_adapter(dst, *source[:2], family=args.family)
+        hf.save_adapter(dst, *source[:2], family=args.family, base=source.base)
     elif to == "run":
         _write_run(dst, source, tokenizer)
     else:
@@ -108,26 +119,40 @@ def _leaves(params: Any) -> list[Any]:
 
 def _read(args: ConvertArgs, foreign: bool) -> Source:
     from lm import hf
+    from lm.layers import adapters
     from lm.merging.store.files import read_json
 
     src = Path(args.src)
     if foreign:
         check(args.step is None, f"{src} is a Hugging Face folder: it has no step {args.step}")
         config, params = hf.load(src, args.dtype)
+        if args.peft:
+            config, params = hf.load_adapter(args.peft, config, params)
+            if args.to != "peft":
+                config, params = adapters.merge(config, params)
         tokenizer = str(src) if (src / "tokenizer.json").is_file() else None
         return Source(config, params, tokenizer, read_json(src / "config.json")["model_type"])
     if (src / _MODEL).is_file():
         source = _read_orbax(src)
     else:
-        from lm.layers import adapters
         from lm.train.load import load_run
 
         run = load_run(src, args.step)
         config, params = run.config.model, run.params
         if config.adapter.kind != "none" and args.to != "peft":
             config, params = adapters.merge(config, params)
-        source = Source(config, params, run.config.data.tokenizer)
+        data, base = run.config.data, run.config.init.from_hf
+        source = Source(config, params, data.tokenizer, base=base, chat_template=data.chat_template)
     return _cast(source, args.dtype) if args.dtype else source
+
+
+def _template(source: Source) -> str:
+    """The chat template that a run's conversations were rendered with, unless the tokenizer's."""
+    if not source.chat_template:
+        return ""
+    from lm.data.chat_template import load_template
+
+    return load_template(source.tokenizer or "byte", source.chat_template).source
 
 
 def _cast(source: Source, dtype: str) -> Source:

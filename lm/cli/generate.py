@@ -3,14 +3,18 @@
 import dataclasses
 import os
 import sys
+import types
 from collections.abc import Sequence
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
 from lm import exit_codes
 from lm.cli.args import one_line_errors, refuse
 from lm.config import ConfigError, check
+
+if TYPE_CHECKING:
+    from lm.train.load import LoadedRun
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,6 +25,10 @@ class GenerateArgs:
     """A run folder, one checkpoint in it (RUN/checkpoints/STEP), or a Hugging Face folder."""
     prompt: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="PROMPT")] = ""
     """Text to continue; empty starts a new document."""
+    chat: bool = False
+    """The prompt is what a user says: put it into the chat template, and print the answer alone."""
+    system: str = ""
+    """chat: what the system says before."""
     max_tokens: int | None = None
     """Most tokens to draw; None is 200, or fewer if the model's context ends before."""
     temperature: float = 0.8
@@ -39,6 +47,7 @@ class GenerateArgs:
     def __post_init__(self):
         surrogates = any(0xD800 <= ord(c) < 0xE000 for c in self.prompt)
         check(not surrogates, "the prompt is not valid UTF-8")
+        check(self.chat or not self.system, "--system is for --chat: add it")
         good = self.max_tokens is None or self.max_tokens > 0
         check(good, f"max_tokens must be above 0, got {self.max_tokens}")
         check(0 <= self.seed < 2**31, f"seed must lie in [0, 2^31), got {self.seed}")
@@ -74,17 +83,37 @@ def _run(args: GenerateArgs) -> None:
     sampling = Sampling(temperature=args.temperature, top_k=args.top_k, top_p=args.top_p)
     enable_compilation_cache()
     run = load_run(args.model, args.step, args.dtype)
-    tokenizer = run.tokenizer
+    tokenizer, prompt, prefix, shown = run.tokenizer, args.prompt, run.prefix, args.prompt
+    if args.chat:
+        tokenizer, prompt = _conversation(args, run)
+        prefix, shown = [], ""
     model, count = run.config.model, args.max_tokens
     if count is None:
-        room = model.max_context - len(tokenizer.encode(args.prompt)) - 1
+        room = model.max_context - len(tokenizer.encode(prompt)) - 1
         count = min(200, max(room, 1))
-    pieces = continue_text(
-        model, run.params, tokenizer, args.prompt, count, sampling, args.seed, run.prefix
-    )
+    pieces = continue_text(model, run.params, tokenizer, prompt, count, sampling, args.seed, prefix)
     # What cannot be continued is refused with the first piece, before anything is printed.
     first = next(pieces)
-    print(args.prompt + first, end="", flush=True)
+    print(shown + first, end="", flush=True)
     for piece in pieces:
         print(piece, end="", flush=True)
     print(flush=True)
+
+
+def _conversation(args: GenerateArgs, run: "LoadedRun") -> tuple[Any, str]:
+    """A tokenizer that reads names of special tokens as these, and the rendered prompt."""
+    from lm.data.chat import load_encoder
+
+    data, tokenizer = run.config.data, run.tokenizer
+    encoder = load_encoder(tokenizer, data.tokenizer, data.chat_template)
+    messages = [{"role": "user", "content": args.prompt}]
+    if args.system:
+        messages.insert(0, {"role": "system", "content": args.system})
+    reading = types.SimpleNamespace(
+        encode=encoder.ids,
+        decode=tokenizer.decode,
+        vocab_size=tokenizer.vocab_size,
+        separator_id=tokenizer.separator_id,
+        end_id=tokenizer.end_id,
+    )
+    return reading, encoder.template.render(messages, prompt=True)[0]

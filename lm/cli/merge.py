@@ -123,6 +123,7 @@ def run(arguments: argparse.Namespace) -> int:
     """
     prepare_process()
     # Imported after the process is prepared: NumPy reads the environment when it is loaded.
+    from lm.merging.adaptive.config import adaptive_method
     from lm.merging.session import Session
     from lm.merging.stages import read_stages
 
@@ -146,6 +147,8 @@ def run(arguments: argparse.Namespace) -> int:
             say=say,
         )
 
+    if adaptive_method(arguments.config) is not None:
+        return _run_adaptive(arguments, say)
     report = _reporter(arguments, say)
     stages = read_stages(arguments.config)
     if stages is None:
@@ -182,6 +185,38 @@ def run(arguments: argparse.Namespace) -> int:
             say=say,
             after=report,
         )
+    return exit_codes.OK
+
+
+def _run_adaptive(arguments: argparse.Namespace, say: Callable[[str], None]) -> int:
+    """A method that learns from text (docs/adaptive_merging.md)."""
+    from lm.merging.adaptive.session import AdaptiveSession
+
+    unfit = {
+        "--report": arguments.report,
+        "--report-dir": arguments.report_dir,
+        "--intermediate-dir": arguments.intermediate_dir,
+        "--flavor": arguments.flavor,
+        "--max-memory": arguments.max_memory,
+        "--out-format": arguments.out_format != "safetensors",
+        "--allow-nonfinite": arguments.allow_nonfinite,
+    }
+    for flag, value in unfit.items():
+        if value:
+            raise ConfigError(f"{flag} is for static methods: this one learns from text")
+    session = AdaptiveSession(
+        arguments.config,
+        arguments.out,
+        seed=arguments.seed,
+        shard_size=arguments.out_shard_size,
+        jobs=arguments.jobs or _cores(),
+        device=arguments.device,
+        say=say,
+    )
+    if arguments.dry_run:
+        print(session.describe(arguments.resume))
+    else:
+        session.run(arguments.resume)
     return exit_codes.OK
 
 

@@ -5,6 +5,7 @@ then:    train.py tiny --data.tokenizer bpe.json ...
 """
 
 import dataclasses
+import json
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -39,14 +40,21 @@ class TokenizerConfig:
 
 
 def training_texts(config: DataConfig) -> Iterator[str]:
-    """The text of every document that is not held out, source by source."""
+    """The text of every document that is not held out, source by source; of conversations what is
+    said."""
     for _, _, member in members(config):
-        documents = open_source(member).documents()
-        if member.valid_path:
-            yield from (document.text for document in documents)
-        else:
-            labelled = split_documents(documents, member.valid_fraction)
-            yield from (document.text for split, document in labelled if split == "train")
+        documents, chat = open_source(member).documents(), member.format == "chat"
+        if not member.valid_path:
+            labelled = split_documents(documents, member.valid_fraction, whole=chat)
+            documents = (document for split, document in labelled if split == "train")
+        for document in documents:
+            yield from _said(document.text) if chat else [document.text]
+
+
+def _said(conversation: str) -> Iterator[str]:
+    for message in json.loads(conversation)["messages"]:
+        if isinstance(message["content"], str):
+            yield message["content"]
 
 
 def train_tokenizer(texts: Iterator[str], vocab_size: int, progress: bool = False) -> str:

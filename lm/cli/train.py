@@ -12,6 +12,7 @@ from lm.cli.args import parse_run
 from lm.config import ConfigError
 from lm.host import use_huge_pages
 
+_STOPPED = (exit_codes.PREEMPTED, exit_codes.INTERRUPTED)
 _ADVICE = "once the cause is removed, the same command with --resume continues from there"
 
 
@@ -24,18 +25,24 @@ def entry() -> None:
 def main(argv: Sequence[str] | None = None) -> None:
     """Train as the command line says; exits with one of `lm.exit_codes`."""
     config = parse_run(argv)
-    from lm import distributed
+    from lm import distributed, xla_flags
     from lm.train.checkpoint import CheckpointError
     from lm.train.loop import Diverged, Stopped, train
 
     code, alone = exit_codes.OK, False
     try:
+        # While no part of JAX has read its environment.
+        for name, words in xla_flags.apply(config.flags)["added"].items():
+            added = f"{name} += {' '.join(words)} (--flags off adds none)"
+            print(f"{os.path.basename(sys.argv[0])}: {added}", file=sys.stderr)
         distributed.initialize()
         summary = train(config)
         if summary:
             show(summary)
     except ConfigError as error:
         code = fail(exit_codes.USAGE, error)
+    except distributed.ClusterError as error:
+        code = fail(exit_codes.CLUSTER, error)
     except Diverged as error:
         code = fail(exit_codes.DIVERGED, error)
     except Stopped as error:
@@ -81,5 +88,5 @@ def show(summary: dict[str, Any]) -> None:
 def fail(code: int, message: object) -> int:
     """Print one line on stderr and return `code`."""
     program = os.path.basename(sys.argv[0])
-    print(f"{program}: {'error: ' if code < 64 else ''}{message}", file=sys.stderr)
+    print(f"{program}: {'' if code in _STOPPED else 'error: '}{message}", file=sys.stderr)
     return code

@@ -18,6 +18,7 @@ from pathlib import Path
 
 import numpy as np
 
+from lm.data.chat import ChatEncoder
 from lm.data.files import unwritable, write_file
 from lm.data.sources import DataError, Document, Source
 from lm.data.tokenizer import ByteTokenizer, Tokenizer
@@ -36,13 +37,15 @@ class Shard:
     texts: list[bytes]
     size: int = 0
     crc: int = 0
+    origins: list[str] = dataclasses.field(default_factory=list)
 
     @property
     def name(self) -> str:
         return f"{self.split}-{self.number:05d}"
 
-    def add(self, text: bytes):
+    def add(self, text: bytes, origin: str = ""):
         self.texts.append(text)
+        self.origins.append(origin)
         self.size += len(text)
         self.crc = zlib.crc32(text, zlib.crc32(len(text).to_bytes(8, "little"), self.crc))
 
@@ -52,7 +55,7 @@ def cut_shards(labelled: Iterable[tuple[str, Document]], shard_bytes: int) -> It
     open_shards: dict[str, Shard] = {}
     for split, document in labelled:
         shard = open_shards.setdefault(split, Shard(split, 0, []))
-        shard.add(document.text.encode("utf-8", errors="replace"))
+        shard.add(document.text.encode("utf-8", errors="replace"), document.origin)
         if shard.size >= shard_bytes << min(shard.number // 8, 6):
             yield shard
             open_shards[split] = Shard(split, shard.number + 1, [])
@@ -76,6 +79,20 @@ def encode_shard(tokenizer: Tokenizer, texts: list[bytes]) -> tuple[np.ndarray, 
     return np.concatenate(pieces), np.array(lengths, np.int64)
 
 
+def encode_conversations(
+    encoder: ChatEncoder, texts: list[bytes], origins: list[str]
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Tokens of all conversations, not framed, the number of each, and uint8: which are learnt."""
+    pieces, masks = [], []
+    for text, origin in zip(texts, origins, strict=True):
+        ids, mask = encoder.encode(text.decode("utf-8"), origin)
+        pieces.append(ids)
+        masks.append(mask)
+    lengths = np.array([len(ids) for ids in pieces], np.int64)
+    tokens = np.concatenate(pieces).astype(store_dtype(encoder.tokenizer))
+    return tokens, lengths, np.concatenate(masks).astype(np.uint8)
+
+
 def _groups(texts: list[bytes]) -> Iterator[list[bytes]]:
     group, size = [], 0
     for text in texts:
@@ -92,10 +109,21 @@ def store_dtype(tokenizer: Tokenizer) -> np.dtype:
     return np.dtype("<u2" if tokenizer.vocab_size <= 1 << 16 else "<u4")
 
 
-def _finish_shard(folder: str, tokenizer: Tokenizer, shard: Shard) -> int:
+def _finish_shard(folder: str, tokenizer: Tokenizer | ChatEncoder, shard: Shard) -> int:
     """Write one shard's files, its journal entry last; returns the bytes of text in it."""
-    tokens, lengths = encode_shard(tokenizer, shard.texts)
-    journal = Path(folder, "journal")
+    journal, masked = Path(folder, "journal"), {}
+    if isinstance(tokenizer, ChatEncoder):
+        tokens, lengths, mask = encode_conversations(tokenizer, shard.texts, shard.origins)
+        data = memoryview(mask).cast("B")
+        write_file(Path(folder, f"{shard.name}.mask"), data)
+        write_file(journal / f"{shard.name}.origins", "\n".join(shard.origins).encode())
+        masked = {
+            "mask_sha256": hashlib.sha256(data).hexdigest(),
+            "targets": int(mask.sum()),
+            "learnt_bytes": int(tokenizer.token_bytes[tokens[mask > 0]].sum()),
+        }
+    else:
+        tokens, lengths = encode_shard(tokenizer, shard.texts)
     data = memoryview(tokens).cast("B")
     write_file(Path(folder, f"{shard.name}.tokens"), data)
     write_file(journal / f"{shard.name}.lengths", memoryview(lengths).cast("B"))
@@ -107,6 +135,7 @@ def _finish_shard(folder: str, tokenizer: Tokenizer, shard: Shard) -> int:
         "bytes": shard.size,
         "sha256": hashlib.sha256(data).hexdigest(),
         "source_crc": shard.crc,
+        **masked,
     }
     write_file(journal / f"{shard.name}.json", _json(entry))
     return shard.size
@@ -126,10 +155,10 @@ def _is_finished(folder: Path, shard: Shard) -> bool:
     return same and file.is_file() and file.stat().st_size == entry["size"]
 
 
-_worker: tuple[str, Tokenizer] | None = None
+_worker: tuple[str, Tokenizer | ChatEncoder] | None = None
 
 
-def _start_worker(folder: str, tokenizer: Tokenizer) -> None:
+def _start_worker(folder: str, tokenizer: Tokenizer | ChatEncoder) -> None:
     import multiprocessing
 
     global _worker
@@ -151,7 +180,7 @@ def _work(shard: Shard) -> int:
 
 def _tokenize(
     folder: Path,
-    tokenizer: Tokenizer,
+    tokenizer: Tokenizer | ChatEncoder,
     shards: Iterable[Shard],
     workers: int,
     report: Callable[[int], object],
@@ -205,7 +234,9 @@ def _tokenize(
             pool.shutdown(cancel_futures=True)
 
 
-def _finish_store(folder: Path, tokenizer: Tokenizer, head: dict, shards: dict[str, int]) -> None:
+def _finish_store(
+    folder: Path, tokenizer: Tokenizer, head: dict, shards: dict[str, int], masked: bool
+) -> None:
     """Join the journal into one offsets file per split and meta.json."""
     splits = {}
     for split, count in shards.items():
@@ -218,10 +249,14 @@ def _finish_store(folder: Path, tokenizer: Tokenizer, head: dict, shards: dict[s
         splits[split] = {
             "documents": len(offsets) - 1,
             "tokens": int(offsets[-1]),
-            "bytes": sum(entry["bytes"] for entry in entries),
+            "bytes": sum(entry.get("learnt_bytes", entry["bytes"]) for entry in entries),
             "offsets_sha256": hashlib.sha256(data).hexdigest(),
             "shards": entries,
         }
+        if masked:
+            splits[split]["targets"] = sum(entry["targets"] for entry in entries)
+            origins = [(folder / "journal" / f"{name}.origins").read_bytes() for name in names]
+            write_file(folder / f"{split}.origins", b"\n".join(origins))
     sizes = tokenizer.token_bytes()
     write_file(folder / "token_bytes", memoryview(sizes.astype("<i4")).cast("B"))
     meta = {
@@ -232,6 +267,7 @@ def _finish_store(folder: Path, tokenizer: Tokenizer, head: dict, shards: dict[s
         "separator_id": tokenizer.separator_id,
         "end_id": tokenizer.end_id,
         "tokenizer_fingerprint": tokenizer.fingerprint,
+        "masked": masked,
         "splits": splits,
     }
     write_file(folder / "meta.json", _json(meta))
@@ -241,7 +277,7 @@ def build_store(
     folder: Path,
     source: Source,
     label: Callable[[Iterable[Document]], Iterable[tuple[str, Document]]],
-    tokenizer: Tokenizer,
+    tokenizer: Tokenizer | ChatEncoder,
     *,
     head: dict,
     workers: int = 1,
@@ -254,7 +290,8 @@ def build_store(
       folder: the store; `folder`.partial is where it grows. The caller holds its lock.
       source: the documents.
       label: documents to (split, document).
-      tokenizer: made once here and sent to the workers.
+      tokenizer: made once here and sent to the workers; one of conversations makes a store that
+        says which tokens are learnt.
       head: JSON-able entries for meta.json.
       workers: processes that tokenize; bytes are always cut in this process, which is faster.
       shard_bytes: text in the first shards.
@@ -298,10 +335,15 @@ def build_store(
             f"{folder.name}: the source holds no text ({source.skipped} files or rows were "
             "passed over as unreadable, not UTF-8 or empty)"
         )
-    _finish_store(partial, tokenizer, {**head, "skipped": source.skipped}, counts)
+    masked = isinstance(tokenizer, ChatEncoder)
+    plain = tokenizer.tokenizer if isinstance(tokenizer, ChatEncoder) else tokenizer
+    _finish_store(partial, plain, {**head, "skipped": source.skipped}, counts, masked)
     try:
         kept = {"meta.json", "token_bytes", *(f"{split}.offsets" for split in counts)}
-        kept |= {f"{s}-{n:05d}.tokens" for s, count in counts.items() for n in range(count)}
+        names = [f"{split}-{n:05d}" for split, count in counts.items() for n in range(count)]
+        kept |= {f"{name}.tokens" for name in names}
+        if masked:
+            kept |= {f"{name}.mask" for name in names} | {f"{split}.origins" for split in counts}
         for file in partial.iterdir():  # the journal, and what a killed writer left
             if file.is_dir():
                 shutil.rmtree(file)

@@ -2,6 +2,7 @@
 
 A row is a window of T tokens of a store's stream, and one more as the last target; windows do not
 overlap, so an epoch trains every token once (the last at most T tokens of a store are left out).
+Rows of conversations hold whole ones (`lm.data.packing`).
 """
 
 import bisect
@@ -111,13 +112,18 @@ class Loader:
         for store, weight in stores:
             if not weight > 0:
                 raise DataError(f"the weight of {store.name} must be above 0, got {weight}")
-            if store.tokens <= sequence_length:
+            if store.tokens <= sequence_length and not store.masked:
                 raise DataError(
                     f"{store.name} holds {store.tokens} tokens, too few for one row of "
                     f"sequence_length {sequence_length} (and one more as target): give it more "
                     "text or lower sequence_length"
                 )
-        self._rows = [(store.tokens - 1) // sequence_length for store in self.stores]
+        self._rows = [
+            store.packed(sequence_length).rows
+            if store.masked
+            else (store.tokens - 1) // sequence_length
+            for store in self.stores
+        ]
         self._first_row = np.concatenate([[0], np.cumsum(self._rows)])
         # grain mixes by integers; the smallest weight becomes 100, like grain's own rounding.
         smallest = min(weight for _, weight in stores)
@@ -152,24 +158,34 @@ class Loader:
             raise IndexError(f"step {step}, {rows} is outside of batches of {self.batch_size}")
         picks = np.array([self._order[step * self.batch_size + row] for row in rows], np.int64)
         owner = np.searchsorted(self._first_row, picks, "right") - 1
-        starts = (picks - self._first_row[owner]) * self.sequence_length
-        parts = []
-        for number, store in enumerate(self.stores):
-            mine = np.flatnonzero(owner == number)
-            parts.append(Rows(store, mine, starts[mine]))
+        inside = picks - self._first_row[owner]
+        mine = [np.flatnonzero(owner == number) for number in range(len(self.stores))]
+        parts = [
+            Rows(store, these, inside[these] * self.sequence_length)
+            for store, these in zip(self.stores, mine, strict=True)
+            if not store.masked
+        ]
         batch = pack_rows(parts, len(rows), self.sequence_length)
+        for store, these in zip(self.stores, mine, strict=True):
+            if store.masked:
+                packed = store.packed(self.sequence_length)
+                for row in these.tolist():
+                    packed.fill(batch, row, int(inside[row]))
         return batch | {"sources": owner.astype(np.int32)} if self._sources else batch
 
     @property
     def tokens_per_byte(self) -> float:
-        """Tokens of the mixture per byte of its text (UTF-8); framing counts as tokens."""
+        """Tokens of the mixture per byte of its text (UTF-8); framing counts as tokens.
+
+        Of conversations what is learnt counts.
+        """
         pairs = zip(self._weights, self.stores, strict=True)
-        return 1 / sum(weight * store.bytes / store.tokens for weight, store in pairs)
+        return 1 / sum(weight * store.bytes / store.targets for weight, store in pairs)
 
     def statistics(self) -> dict[str, dict[str, float]]:
         """Per source: documents, tokens, bytes, skipped (files and rows passed over when read),
         share (of all tokens there are), weight (of all rows read), rows (of one epoch) and
-        epochs_per_step."""
+        epochs_per_step; of conversations targets (tokens that are learnt) and left_out too."""
         total = sum(store.tokens for store in self.stores)
         return {
             store.name: {
@@ -177,6 +193,7 @@ class Loader:
                 "tokens": store.tokens,
                 "bytes": store.bytes,
                 "skipped": store.skipped,
+                **self._of_conversations(store),
                 "share": store.tokens / total,
                 "weight": weight,
                 "rows": rows,
@@ -184,6 +201,12 @@ class Loader:
             }
             for store, weight, rows in zip(self.stores, self._weights, self._rows, strict=True)
         }
+
+    def _of_conversations(self, store: Store) -> dict[str, float]:
+        if not store.masked:
+            return {}
+        left_out = store.packed(self.sequence_length).left_out
+        return {"targets": store.targets, "left_out": left_out}
 
 
 def eval_batches(
@@ -207,7 +230,12 @@ def eval_batches(
         bits per byte = summed loss / (ln 2 * summed n_bytes).
     """
     whole = [stores] if isinstance(stores, Store) else [store for store, _ in stores]
-    counts = [-(-(store.tokens - 1) // sequence_length) for store in whole]
+    counts = [
+        store.packed(sequence_length).rows
+        if store.masked
+        else -(-(store.tokens - 1) // sequence_length)
+        for store in whole
+    ]
     begins = np.concatenate([[0], np.cumsum(counts)]).tolist()
     total = begins[-1]
     if not total:
@@ -219,9 +247,15 @@ def eval_batches(
         for row in range(min(batch_size, wanted - first)):
             index = (first + row) * total // wanted
             number = bisect.bisect_right(begins, index) - 1
-            store, start = whole[number], (index - begins[number]) * sequence_length
-            length = min(sequence_length, store.tokens - 1 - start)
-            packed = pack_rows([Rows(store, np.array([0]), np.array([start]))], 1, length)
+            store, inside = whole[number], index - begins[number]
+            start = inside * sequence_length
+            if store.masked:
+                length = sequence_length
+                packed = pack_rows([], 1, length)
+                store.packed(length).fill(packed, 0, inside)
+            else:
+                length = min(sequence_length, store.tokens - 1 - start)
+                packed = pack_rows([Rows(store, np.array([0]), np.array([start]))], 1, length)
             counted = packed["targets"][packed["weights"] > 0]
             n_bytes += int(store.token_bytes[counted].sum())
             for name, values in packed.items():

@@ -13,8 +13,12 @@ from typing import NamedTuple
 from lm.config import ConfigError
 from lm.data.sources import SOURCES, DataError, Document
 from lm.train.config import DataConfig
+from lm.train.config_data import TABLES
 
-KEYS = ("name", "source", "path", "weight", "text_field", "valid_path", "split", "max_documents")
+KEYS = (
+    *("name", "source", "path", "weight", "text_field", "format", "valid_path", "split"),
+    "max_documents",
+)
 LOCAL = ("text", "json", "parquet")
 MAX_WEIGHT = 1e12
 
@@ -89,6 +93,10 @@ def _member(config: DataConfig, row: dict, file: Path, number: int) -> Member:
     fields = {key: value for key, value in row.items() if key not in ("name", "weight")}
     # The mixture file's own path belongs to no member.
     fields = {"path": "", "valid_path": "", **fields}
+    if kind not in TABLES:
+        fields = {"format": "text", **fields}  # a text among conversations
+    if fields.get("format", config.format) != "chat":
+        fields |= {"chat_template": "", "skip_long": False}
     for key in ("path", "valid_path"):
         if fields[key] and kind in LOCAL:
             fields[key] = str(file.parent / Path(fields[key]).expanduser())
@@ -118,17 +126,20 @@ def _hash(document: Document) -> int:
 
 
 def split_documents(
-    documents: Iterable[Document], fraction: float
+    documents: Iterable[Document], fraction: float, whole: bool = False
 ) -> Iterator[tuple[str, Document]]:
     """Label every document "train" or "valid", in order, by the hash of its name.
 
     With fewer than 5 / fraction documents hashes would often hold out none, so those with the
-    smallest hashes are held out, at least one; of a single document about its last `fraction`.
+    smallest hashes are held out, at least one; of a single document about its last `fraction`,
+    or nothing, if documents are to stay `whole`.
     """
     few = min(math.ceil(5 / fraction), 4096)
     documents = iter(documents)
     first = list(itertools.islice(documents, few))
-    if len(first) == 1:
+    if len(first) == 1 and whole:
+        yield "train", first[0]
+    elif len(first) == 1:
         yield from _cut(first[0], fraction)
     elif len(first) < few:
         ranks = sorted(range(len(first)), key=lambda i: _hash(first[i]))

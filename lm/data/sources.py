@@ -4,6 +4,7 @@ Every source yields its documents in the same order every time it is read, and s
 `definition` what it read, so that a token store can tell whether it is still valid.
 """
 
+import contextlib
 import dataclasses
 import errno
 import glob
@@ -14,6 +15,7 @@ import sys
 import sysconfig
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import IO
 
 from lm.config import ConfigError
 from lm.train.config import DataConfig
@@ -31,6 +33,8 @@ class Document:
 
     name: str
     text: str
+    origin: str = ""
+    """For messages: file and line of a conversation."""
 
 
 @dataclasses.dataclass
@@ -110,13 +114,21 @@ def _stamp(files: dict[str, Path]) -> list:
     return [[name, stat.st_size, stat.st_mtime_ns] for name, stat in stats]
 
 
-def _read_text(file: Path) -> str:
+@contextlib.contextmanager
+def open_binary(file: Path) -> Iterator[IO[bytes]]:
+    """The bytes of a file, unpacked if its name ends like a compressed one's."""
     ending = file.suffix.lower()
     if ending == ".zst":
         with file.open("rb") as raw, require("zstandard").open(raw, "rb") as stream:
-            return stream.read().decode("utf-8")
+            yield stream
+        return
     opener = {".gz": "gzip", ".xz": "lzma", ".bz2": "bz2"}.get(ending, "builtins")
     with importlib.import_module(opener).open(file, "rb") as stream:
+        yield stream
+
+
+def _read_text(file: Path) -> str:
+    with open_binary(file) as stream:
         return stream.read().decode("utf-8")
 
 
@@ -170,6 +182,10 @@ def _rows(config: DataConfig, load: Callable, where: str, skip) -> Iterator[Docu
     field = config.text_field
     try:
         rows = load()
+        if chat := _chat(config):
+            places = ((f"{where}, row {i}", row) for i, row in enumerate(rows, 1))
+            yield from chat.conversations(places)
+            return
         columns = rows.column_names
         if columns is not None and field in columns:
             rows = rows.select_columns([field])
@@ -200,12 +216,16 @@ def _rows(config: DataConfig, load: Callable, where: str, skip) -> Iterator[Docu
 
 
 def _table_source(config: DataConfig, kind: str, endings: tuple[str, ...]) -> Source:
-    datasets = require("datasets")
+    chat = _chat(config)
+    datasets = None if chat and kind == "json" else require("datasets")
     files = find_files(config.path, endings)
 
     def read(skip):
         # One file at a time: an error names its file, and files may differ in other columns.
         for name, file in files.items():
+            if chat and kind == "json":  # read here: the library's errors name no line
+                yield from chat.conversations(chat.read_json_lines(file, skip))
+                continue
             if kind == "json" and file.stat().st_size == 0:  # the reader fails on no rows at all
                 skip(name)
                 continue
@@ -219,7 +239,7 @@ def _table_source(config: DataConfig, kind: str, endings: tuple[str, ...]) -> So
 
             yield from _rows(config, load, str(file), skip)
 
-    return Source([kind, config.text_field, _stamp(files)], read)
+    return Source([kind, _what(config), _stamp(files)], read)
 
 
 def json_source(config: DataConfig) -> Source:
@@ -245,7 +265,17 @@ def hf_source(config: DataConfig) -> Source:
     def read(skip):
         yield from _rows(config, load, f"dataset {config.path} ({config.split})", skip)
 
-    return Source(["hf", name, subset, config.split, config.text_field], read)
+    return Source(["hf", name, subset, config.split, _what(config)], read)
+
+
+def _chat(config: DataConfig):
+    """`lm.data.chat` if rows are conversations, which needs more than this module; else None."""
+    return importlib.import_module("lm.data.chat") if config.format == "chat" else None
+
+
+def _what(config: DataConfig) -> str | list[str]:
+    """What of a row is read, for a source's definition."""
+    return config.text_field if config.format == "text" else [config.format]
 
 
 SOURCES: dict[str, Callable[[DataConfig], Source]] = {

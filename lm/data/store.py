@@ -10,8 +10,10 @@ from pathlib import Path
 import numpy as np
 
 from lm.data import builder
+from lm.data.chat import ChatEncoder, load_encoder
 from lm.data.files import locked
 from lm.data.mixture import members, split_documents
+from lm.data.packing import PackedRows
 from lm.data.sources import DataError, Source, open_source, open_valid_source
 from lm.data.tokenizer import Tokenizer, load_tokenizer
 from lm.train.config import DataConfig
@@ -29,11 +31,22 @@ class Store:
       separator_id: token in front of every document.
       end_id: token behind every document, or None.
       fingerprint: hash of every token and document boundary of the split.
+      masked: whether documents are conversations, of which only some tokens are learnt.
+      targets: tokens that are learnt; all, unless `masked`. `bytes` are then of theirs alone.
+      skip_long: whether conversations that are longer than a row are left out.
       offsets: int64 [documents + 1], where each document starts, then `tokens`.
       token_bytes: int32 [vocab_size], UTF-8 bytes that each token stands for.
     """
 
-    def __init__(self, folder: str | Path, split: str, *, name: str = "", verify: bool = False):
+    def __init__(
+        self,
+        folder: str | Path,
+        split: str,
+        *,
+        name: str = "",
+        verify: bool = False,
+        skip_long: bool = False,
+    ):
         """Open `split` of the store in `folder`.
 
         Sizes of all files are always checked; `verify` reads them and checks their SHA-256 too.
@@ -42,7 +55,7 @@ class Store:
           DataError: a file is missing, truncated or altered, or the split is empty.
         """
         self.folder = Path(folder)
-        self.name = name or self.folder.name
+        self.name, self._split = name or self.folder.name, split
         meta = self._meta()
         if split not in meta["splits"]:
             raise DataError(
@@ -58,18 +71,25 @@ class Store:
         self.separator_id: int = meta["separator_id"]
         self.end_id: int | None = meta["end_id"]
         self.tokenizer_fingerprint: str = meta["tokenizer_fingerprint"]
-        self.fingerprint: str = hashlib.sha256(
-            json.dumps([part["offsets_sha256"], [s["sha256"] for s in part["shards"]]]).encode()
-        ).hexdigest()[:16]
+        self.masked: bool = meta.get("masked", False)
+        self.targets: int = part.get("targets", self.tokens)
+        self.skip_long = skip_long
+        content = [part["offsets_sha256"], [shard["sha256"] for shard in part["shards"]]]
+        if self.masked:
+            content.append([shard["mask_sha256"] for shard in part["shards"]])
+        self.fingerprint: str = hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
         self._dtype = np.dtype(meta["dtype"])
         self._files = [self.folder / shard["file"] for shard in part["shards"]]
         counts = [shard["tokens"] for shard in part["shards"]]
         self._starts = np.concatenate([[0], np.cumsum(counts)]).tolist()
-        self._shards: list[np.ndarray | None] = [None] * len(counts)
+        self._mapped: dict[Path, np.ndarray] = {}
+        self._rows: dict[int, PackedRows] = {}
         offsets = self.folder / f"{split}.offsets"
         self._check(offsets, 8 * (self.documents + 1), verify and part["offsets_sha256"])
         for file, shard in zip(self._files, part["shards"], strict=True):
             self._check(file, shard["size"], verify and shard["sha256"])
+            if self.masked:
+                self._check(_mask(file), shard["tokens"], verify and shard["mask_sha256"])
         self._check(self.folder / "token_bytes", 4 * self.vocab_size, None)
         self.offsets = np.asarray(np.memmap(offsets, "<i8", "r"))
         self.token_bytes = np.fromfile(self.folder / "token_bytes", "<i4")
@@ -103,28 +123,51 @@ class Store:
                 if hashlib.file_digest(stream, "sha256").hexdigest() != sha256:
                     raise self._broken(file, "was altered (its SHA-256 differs)")
 
-    def _shard(self, number: int) -> np.ndarray:
-        shard = self._shards[number]
-        if shard is None:
+    def _map(self, file: Path, dtype: np.dtype) -> np.ndarray:
+        mapped = self._mapped.get(file)
+        if mapped is None:
             # a plain view: slicing np.memmap itself is several times slower
-            shard = np.asarray(np.memmap(self._files[number], self._dtype, "r"))
-            self._shards[number] = shard
-        return shard
+            mapped = self._mapped[file] = np.asarray(np.memmap(file, dtype, "r"))
+        return mapped
+
+    def packed(self, length: int) -> PackedRows:
+        """The rows of `length` positions that hold the conversations of a `masked` store."""
+        if length not in self._rows:
+            self._rows[length] = PackedRows(self, length)
+        return self._rows[length]
+
+    def origin(self, document: int) -> str:
+        """File and line of a conversation; reads them all, for messages."""
+        file = self.folder / f"{self._split}.origins"
+        return file.read_text(encoding="utf-8").split("\n")[document]
+
+    def mask(self, start: int, length: int) -> np.ndarray:
+        """uint8, 1 where the tokens of `window` are learnt; for a `masked` store."""
+        return self._slice(start, length, True)
 
     def window(self, start: int, length: int) -> np.ndarray:
         """Tokens [start, start + length) of the stream, in the store's own dtype."""
+        return self._slice(start, length, False)
+
+    def _slice(self, start: int, length: int, masks: bool) -> np.ndarray:
         if not 0 <= start <= start + length <= self.tokens:
             raise IndexError(
                 f"tokens {start} to {start + length} are outside of {self.name}, which has "
                 f"{self.tokens}"
             )
-        number = bisect.bisect_right(self._starts, start, hi=len(self._shards)) - 1
+        number = bisect.bisect_right(self._starts, start, hi=len(self._files)) - 1
         begin = start - self._starts[number]
-        piece = self._shard(number)[begin : begin + length]
+        file = self._files[number]
+        mapped = self._map(_mask(file), np.dtype("u1")) if masks else self._map(file, self._dtype)
+        piece = mapped[begin : begin + length]
         if len(piece) == length:
             return piece
-        rest = self.window(start + len(piece), length - len(piece))
+        rest = self._slice(start + len(piece), length - len(piece), masks)
         return np.concatenate([piece, rest])
+
+
+def _mask(file: Path) -> Path:
+    return file.with_suffix(".mask")
 
 
 def cache_folder(config: DataConfig) -> Path:
@@ -146,6 +189,10 @@ def _ready(
         "split": split,
         "framing": [tokenizer.separator_id, tokenizer.end_id],
     }
+    encoder: Tokenizer | ChatEncoder = tokenizer
+    if config.format == "chat":
+        encoder = load_encoder(tokenizer, config.tokenizer, config.chat_template)
+        head["chat"] = encoder.template.fingerprint
     content = {**head, "tokenizer": tokenizer.fingerprint, "version": builder.VERSION}
     key = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
     label = re.sub(r"[^A-Za-z0-9._-]+", "_", name)[:40]
@@ -156,7 +203,7 @@ def _ready(
     def split_by(documents):
         if isinstance(split, str):
             return ((split, document) for document in documents)
-        return split_documents(documents, split)
+        return split_documents(documents, split, whole=config.format == "chat")
 
     with locked(folder):
         if not folder.exists():  # another process may have built it while this one waited
@@ -164,7 +211,7 @@ def _ready(
                 folder,
                 source,
                 split_by,
-                tokenizer,
+                encoder,
                 head={"key": key, **head},
                 workers=config.workers or os.cpu_count() or 1,
                 progress=progress,
@@ -203,5 +250,6 @@ def open_stores(
         if valid:
             valid_folder = _ready(member, f"{name}-valid", valid, "valid", tokenizer, progress)
         for split, folder in (("train", train_folder), ("valid", valid_folder)):
-            stores[split].append((Store(folder, split, name=name, verify=verify), weight))
+            store = Store(folder, split, name=name, verify=verify, skip_long=member.skip_long)
+            stores[split].append((store, weight))
     return stores

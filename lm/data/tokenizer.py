@@ -7,7 +7,7 @@ stream is [sep] doc [sep] doc ..., with two different ones it is [bos] doc [eos]
 import hashlib
 import json
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -43,6 +43,10 @@ class Tokenizer(Protocol):
 
     def token_bytes(self) -> np.ndarray:
         """int32 [vocab_size]: UTF-8 bytes that each token stands for; 0 for special tokens."""
+        ...
+
+    def library(self) -> Any:
+        """A `tokenizers.Tokenizer` of the same ids, to be set up and used by the caller."""
         ...
 
     @property
@@ -93,6 +97,22 @@ class ByteTokenizer(_Framing):
 
     def token_bytes(self) -> np.ndarray:
         return (np.arange(self.vocab_size) < 256).astype(np.int32)
+
+    def library(self):
+        """The same ids as a `tokenizers.Tokenizer`: byte-level BPE without merges."""
+        from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+        # The letters that byte-level BPE writes bytes as: printable Latin-1 stands for itself, the
+        # other bytes for the letters from 256 on (the encoder of GPT-2).
+        printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+        others = [byte for byte in range(256) if byte not in printable]
+        letters = {byte: chr(byte) for byte in printable}
+        letters |= {byte: chr(256 + i) for i, byte in enumerate(others)}
+        tokenizer = Tokenizer(models.BPE({letters[byte]: byte for byte in range(256)}, []))
+        tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+        tokenizer.decoder = decoders.ByteLevel()
+        tokenizer.add_special_tokens([END_OF_TEXT])
+        return tokenizer
 
 
 class FileTokenizer(_Framing):
@@ -164,6 +184,10 @@ class FileTokenizer(_Framing):
 
     def decode(self, ids) -> str:
         return self._tokenizer.decode(np.asarray(ids).tolist(), skip_special_tokens=True)
+
+    def library(self):
+        """A copy of the `tokenizers.Tokenizer`."""
+        return type(self._tokenizer).from_str(self._tokenizer.to_str())
 
     def token_bytes(self) -> np.ndarray:
         """Exact for byte-level BPE and byte fallback.

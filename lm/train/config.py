@@ -8,6 +8,7 @@ import math
 from typing import Literal
 
 from lm.config import ConfigError, ModelConfig, check, check_positive
+from lm.train.config_data import DataConfig
 from lm.train.config_init import InitConfig, check_adapter
 from lm.train.config_mat import MatConfig
 from lm.train.config_sd import SDConfig, check_sd
@@ -28,65 +29,6 @@ __all__ = [
     "RunConfig",
     "SDConfig",
 ]
-
-SOURCES = ("stdlib", "text", "json", "parquet", "hf", "mixture")
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class DataConfig:
-    """Where text comes from and how it becomes tokens."""
-
-    source: Literal["stdlib", "text", "json", "parquet", "hf", "mixture"] = "stdlib"
-    """stdlib: the running Python's own standard library. text, json (lines), parquet: local files.
-    hf: a dataset of the Hugging Face Hub. mixture: a weighted mixture of the others."""
-    path: str = ""
-    """File, folder or glob (text, json, parquet); dataset name or name:subset (hf); a JSON file
-    that lists sources with weights (mixture)."""
-    text_field: str = "text"
-    """Column or key that holds the document."""
-    split: str = "train"
-    """Split of a Hub dataset."""
-    valid_path: str = ""
-    """Held-out files or split; empty holds out documents of the source by hash."""
-    valid_fraction: float = 0.05
-    """Share of documents held out by hash of their name (or text) when valid_path is empty."""
-    streaming: bool = True
-    """hf: stream while tokenizing instead of downloading the whole dataset first."""
-    max_documents: int | None = None
-    """Read at most this many documents of each source."""
-    tokenizer: str = "byte"
-    """"byte", or the path of a tokenizer.json or of a folder that holds one."""
-    cache: str = ""
-    """Folder of the token stores; empty is $ANISO_CACHE or ~/.cache/aniso."""
-    workers: int = 0
-    """Processes that tokenize; 0 is one per core."""
-    prefetch: int = 2
-    """Batches made ahead of the device."""
-
-    def __post_init__(self):
-        check(
-            self.source in SOURCES,
-            f"data.source must be one of {', '.join(SOURCES)}, got {self.source!r}",
-        )
-        check(
-            self.source == "stdlib" or bool(self.path),
-            f"data.source {self.source} needs data.path",
-        )
-        check(
-            self.source != "stdlib" or not self.path,
-            f"data.path {self.path} is given but data.source is stdlib, which has none: name the "
-            f"kind of source with --data.source ({', '.join(SOURCES[1:])})",
-        )
-        check(
-            0 < self.valid_fraction < 1 or bool(self.valid_path),
-            f"data.valid_fraction must lie between 0 and 1, got {self.valid_fraction}",
-        )
-        check(self.workers >= 0, f"data.workers must be 0 or more, got {self.workers}")
-        check(self.prefetch >= 1, f"data.prefetch must be 1 or more, got {self.prefetch}")
-        check(
-            self.max_documents is None or self.max_documents > 0,
-            f"data.max_documents must be above 0, got {self.max_documents}",
-        )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -299,11 +241,15 @@ class ProfileConfig:
     start: int = 0
     """First step traced."""
     steps: int = 0
-    """Steps traced; 0 turns the profiler off."""
+    """Steps traced; 0 traces none."""
+    on_signal: int = 5
+    """Steps traced whenever the process gets SIGUSR1; 0 leaves the signal alone."""
 
     def __post_init__(self):
         check(self.start >= 0, f"profile.start must be 0 or more, got {self.start}")
-        check(self.steps >= 0, f"profile.steps must be 0 or more, got {self.steps}")
+        for name in ("steps", "on_signal"):
+            value = getattr(self, name)
+            check(value >= 0, f"profile.{name} must be 0 or more, got {value}")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -339,6 +285,8 @@ class RunConfig:
     eval: EvalConfig = dataclasses.field(default_factory=EvalConfig)
     log: LogConfig = dataclasses.field(default_factory=LogConfig)
     profile: ProfileConfig = dataclasses.field(default_factory=ProfileConfig)
+    flags: Literal["auto", "off"] = "auto"
+    """Compiler flags for more overlap, by backend and version (lm/xla_flags.py); off adds none."""
     sample_prompt: str = "def "
     """Prompt of the text sampled at the end; empty samples nothing."""
 

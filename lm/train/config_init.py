@@ -16,11 +16,18 @@ class InitConfig:
     from_hf: str = ""
     """A Hugging Face checkpoint folder, whose parameters and tokenizer are taken; the model flags
     follow its config.json. With model.adapter they are the frozen base."""
+    peft: str = ""
+    """A folder of PEFT's with LoRA adapters of init.from_hf, whose training goes on; the flags of
+    model.adapter follow its adapter_config.json."""
 
     def __post_init__(self):
         check(
             not (self.from_run and self.from_hf),
             "init.from_run and init.from_hf are both given: parameters come from one of them",
+        )
+        check(
+            not self.peft or bool(self.from_hf),
+            f"init.peft {self.peft} needs its base: give the Hugging Face folder as init.from_hf",
         )
 
 

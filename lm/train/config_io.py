@@ -10,17 +10,22 @@ from lm.config import ConfigError, ModelConfig
 from lm.train.config import RunConfig
 
 ADDED = {
-    "": {"init", "mat", "sd"},
+    "data": {"format", "chat_template", "skip_long"},
+    "init": {"peft"},
     "log": {"spectra", "experts"},
     "model": {
-        *("adapter", "moe"),
+        *("adapter", "moe", "attention_kind", "mla", "rope_interleave"),
         *("rope_theta_local", "positions", "norm", "norm_position", "norm_unit_offset"),
         *("qk_norm_full", "query_pre_attn_scalar", "attention_soft_cap", "embedding_scale"),
     },
+    "model.moe": {"d_shared", "shared_gate", "dense_layers"},
+    "model.rope_scaling": {"mscale", "mscale_all_dim"},
+    "profile": {"on_signal"},
     "optim": {
         *("rank_ratio", "min_rank", "rank", "power_iters", "nesterov", "normalization"),
         *("tasks", "joint_tasks", "sequential_tasks", "dominance_decay"),
     },
+    "": {"init", "mat", "sd", "flags"},
 }
 """Fields that run folders of earlier versions lack; their defaults are what those runs did."""
 

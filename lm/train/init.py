@@ -29,7 +29,7 @@ def initial_params(config: RunConfig, abstract: model.Params, fresh: model.Param
       config: the run that starts.
       abstract: shapes, dtypes and shardings of its parameters.
       fresh: its random parameters. Adapters stay as they are here, unless the other run has the
-        same ones: then training goes on with them.
+        same ones, or `config.init.peft` has them: then training goes on with them.
 
     Raises:
       ConfigError: no run there, or a run of another model.
@@ -40,6 +40,9 @@ def initial_params(config: RunConfig, abstract: model.Params, fresh: model.Param
 
         base, (_, added) = adapters.divide(abstract)[0], adapters.divide(fresh)
         plain = dataclasses.replace(config.model, adapter=type(config.model.adapter)())
+        if config.init.peft:
+            wanted = adapters.divide(abstract)[1]
+            added = hf.adapter_params(config.init.peft, config.model, wanted)
         return adapters.join(hf.load_params(config.init.from_hf, plain, base), added)
     folder, step, saved = find_source(config)
     wanted = abstract
