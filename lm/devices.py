@@ -88,6 +88,12 @@ def memory_in_use(devices: Iterable[Any]) -> int:
     return _peak_resident_set()
 
 
+def memory_limit(devices: Iterable[Any]) -> int | None:
+    """Bytes that the smallest of `devices` lets a program use; None where none says so (CPUs)."""
+    limits = [(device.memory_stats() or {}).get("bytes_limit") for device in devices]
+    return int(min(limits)) if limits and all(limits) else None
+
+
 def _peak_resident_set() -> int:
     with contextlib.suppress(OSError):
         # Not getrusage on Linux: its peak outlives exec, so it may be that of the parent.

@@ -28,6 +28,7 @@ FREE = (
     "checkpoint",
     "eval",
     "profile",
+    "flags",
     "data.cache",
     "data.workers",
     "data.prefetch",

@@ -283,7 +283,8 @@ def _run(trainer: Trainer, reporter: Reporter) -> None:
         return done % config.eval.every == 0 or done == last
 
     def evaluate() -> EvalResult:
-        result = trainer.evaluate()
+        with reporter.pause("evaluation", done):
+            result = trainer.evaluate()
         reporter.evaluation(done, result)
         return result
 
@@ -298,7 +299,8 @@ def _run(trainer: Trainer, reporter: Reporter) -> None:
         for step in range(trainer.start, last):
             profiler.before(step)
             batch = prefetch.get(step)
-            reporter.waited(prefetch.wait_seconds)
+            idle = not pending or pending[-1][1]["loss"].is_ready()
+            reporter.waited(prefetch.wait_seconds, idle)
             occasional = {}
             if refresher.due(step):
                 trainer.state, occasional = refresher.refresh(trainer.state, step)
@@ -315,15 +317,17 @@ def _run(trainer: Trainer, reporter: Reporter) -> None:
             saves = done % config.checkpoint.every == 0 or done == last or stop
             if evaluates(done) or saves:
                 settle()
-                with reporter.pause():
-                    result = evaluate() if evaluates(done) and not stop else None
-                    if saves:
+                result = evaluate() if evaluates(done) and not stop else None
+                if saves:
+                    with reporter.pause("checkpoint", done):
                         trainer.save(done, result and result.loss)
             if stop:
-                trainer.checkpoints.wait()
+                with reporter.pause("checkpoint", done):
+                    trainer.checkpoints.wait()
                 raise Stopped(signals.received, done)
         settle()
-    trainer.checkpoints.wait()
+    with reporter.pause("checkpoint", done):
+        trainer.checkpoints.wait()
 
 
 def _give_up(trainer: Trainer, refused: int) -> None:

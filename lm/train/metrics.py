@@ -3,7 +3,9 @@
 A row of metrics.jsonl is one JSON object. Training rows hold `step, tokens, loss, bits_per_byte,
 learning_rate, grad_norm, param_norm, update_norm`, each norm per layer group too
 (`grad_norm/attention`), `tokens_per_second, mfu_full, mfu_causal, step_seconds, data_wait_seconds,
-memory_bytes` and `skipped` (updates thrown away since the start of the run). Evaluation rows hold
+memory_bytes, memory_headroom`, `skipped` (updates thrown away since the start of the run), `time`,
+`goodput` and `seconds/CAUSE` (`lm.train.goodput`), with several processes `hosts/...`
+(`lm.train.stragglers`). Evaluation rows hold
 `step, tokens, eval_loss, eval_bits_per_byte`. Modular adaptive training adds `mat/active` and
 `mat/flops` (shares), and where modules are chosen anew `mat/eigenvalue/KIND.INDEX`,
 `mat/active/KIND`, `mat/stopped/KIND` and `mat/refresh_steps` (its cost, in training steps);

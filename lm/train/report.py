@@ -3,6 +3,7 @@
 import contextlib
 import math
 import statistics
+import sys
 import time
 from typing import Any
 
@@ -10,11 +11,15 @@ import jax
 import numpy as np
 
 from lm import devices
+from lm.config import ConfigError
 from lm.files import atomic_write_json, atomic_write_text
-from lm.train import flops, plot, summary
+from lm.train import environment, flops, page, plot, summary
 from lm.train.checkpoint_processes import from_primary
 from lm.train.evaluation import EvalResult
 from lm.train.metrics import MetricsLog, Progress, ThroughputMeter, read_metrics
+from lm.train.stragglers import Stragglers
+from lm.train.timeline import NAME as TIMELINE
+from lm.train.timeline import Timeline
 
 
 class Reporter:
@@ -47,6 +52,9 @@ class Reporter:
         self.progress = Progress(
             self._steps, trainer.start, enabled=config.log.progress and self._primary
         )
+        found = environment.record(trainer.path, trainer.mesh)
+        self._stragglers = Stragglers()
+        self._since = [0, 0.0, 0.0]  # the last row: steps, their seconds, the host's share of them
         if self._primary:
             atomic_write_json(trainer.path / "data.json", trainer.loader.statistics())
             self._log = MetricsLog(
@@ -55,18 +63,27 @@ class Reporter:
                 resume_step=(trainer.start or -1) if trainer.folder.resuming else None,
                 tensorboard=trainer.path / "tensorboard" if config.log.tensorboard else None,
             )
+        try:
+            self._timeline = Timeline(
+                trainer.path / TIMELINE if self._primary else None,
+                {"step": trainer.start, "hosts": len(found["hosts"]), "devices": used.size},
+                began,
+            )
+        except OSError:
+            if self._log is not None:
+                self._log.close()
+            raise
 
-    def waited(self, seconds: float) -> None:
-        """Count time that the loop waited for data."""
+    def waited(self, seconds: float, idle: bool) -> None:
+        """Count time that the loop waited for data; `idle`: no step was left on the device."""
         self._data_wait += seconds
+        self._timeline.waited(seconds, idle)
 
     @contextlib.contextmanager
-    def pause(self):
-        """Time inside (evaluation, saving) does not count as training."""
-        if self._meter is None:
-            yield
-            return
-        with self._meter.pause():
+    def pause(self, cause: str, step: int):
+        """Time inside ("evaluation", "checkpoint" after `step`) does not count as training."""
+        meter = self._meter.pause() if self._meter else contextlib.nullcontext()
+        with meter, self._timeline.pause(cause, step):
             yield
 
     def step(self, done: int, metrics: dict[str, jax.Array], occasional: dict) -> int:
@@ -75,12 +92,17 @@ class Reporter:
         `occasional`: arrays that only some steps have; their row is always written, one number for
         each entry ("name.0.3").
         """
+        begin = time.monotonic()
         skipped = int(jax.device_get(metrics["consecutive_skips"]))
+        waited = time.monotonic() - begin
+        seconds = self._timeline.step(done)
         first = self._meter is None
         if first:
             self._meter = ThroughputMeter()  # from here on: the first step was compilation
         else:
             self._meter.add(self._tokens_per_step)
+            steps, total, busy = self._since
+            self._since = [steps + 1, total + seconds, busy + max(0.0, seconds - waited)]
         row = None
         if skipped or occasional or done == 1 or done % self._every == 0 or done == self._steps:
             row = self._row(done, jax.device_get(metrics | entries(occasional)))
@@ -110,7 +132,17 @@ class Reporter:
             row[name] = flops.utilization(per_token, rate, count, peak) if rate else None
         row["data_wait_seconds"], self._data_wait = self._data_wait, 0.0
         row["memory_bytes"] = devices.memory_in_use(self._local)
-        return row
+        limit = devices.memory_limit(self._local)
+        row["memory_headroom"] = 1 - row["memory_bytes"] / limit if limit else None
+        steps, seconds, busy = self._since
+        if steps:
+            row |= self._stragglers.report(done, seconds / steps, busy / steps)
+            self._since = [0, 0.0, 0.0]
+        self._timeline.flush()
+        row["time"] = now = round(self._timeline.now, 3)
+        row["goodput"] = self._timeline.account.goodput(now)
+        spent = self._timeline.account.seconds(now)
+        return row | {f"seconds/{cause}": round(value, 3) for cause, value in spent.items()}
 
     def evaluation(self, done: int, result: EvalResult) -> None:
         """Log an evaluation after step `done`."""
@@ -119,6 +151,7 @@ class Reporter:
             "tokens": done * self._tokens_per_step,
             "eval_loss": result.loss,
             "eval_bits_per_byte": result.bits_per_byte,
+            "time": round(self._timeline.now, 3),
         }
         if self._log is not None:
             self._log.write(row)
@@ -135,11 +168,16 @@ class Reporter:
     def finish(self) -> dict[str, Any]:
         """Draw the picture, sample text, write summary.json; returns its content."""
         trainer = self._trainer
+        self._timeline.close("finished")
         if self._log is None:
             return {}
         self._log.close()
         self.progress.close()
         plot.loss_curve(self._log.path, trainer.path / "loss.png")
+        try:
+            page.write_page([trainer.path], trainer.path / "report.html")
+        except ConfigError as error:  # somebody else's file of that name
+            self.progress.message(f"no report: {error}")
         result = self._summary()
         sample = ""
         if trainer.config.sample_prompt:
@@ -185,7 +223,10 @@ class Reporter:
         )
 
     def close(self) -> None:
-        """Close the log and the bar; calling it again does nothing."""
+        """Close the log, the timeline and the bar; calling it again does nothing."""
+        error = sys.exception()
+        reason = f"{type(error).__name__}: {error}".splitlines()[0] if error else "ended"
+        self._timeline.close(reason)
         if self._log is not None:
             self._log.close()
         self.progress.close()

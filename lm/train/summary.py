@@ -15,6 +15,7 @@ PATHS = {
     "configuration": "config.json",
     "metrics": "metrics.jsonl",
     "loss curve": "loss.png",
+    "report": "report.html",
     "checkpoints": "checkpoints",
     "summary": "summary.json",
 }
@@ -78,6 +79,7 @@ def make_summary(
 def versions() -> dict[str, str]:
     """Versions of Python and of the libraries that the numbers of a run depend on."""
     names = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
+    names += ("tokamax", "libtpu", "jax-cuda12-plugin", "jax-cuda13-plugin")
     found = {"python": platform.python_version()}
     for name in names:
         try:

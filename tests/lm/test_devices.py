@@ -5,7 +5,7 @@ import types
 import jax
 import pytest
 
-from lm.devices import CHIPS, memory_in_use, peak_flops
+from lm.devices import CHIPS, memory_in_use, memory_limit, peak_flops
 
 
 def device(kind, stats=None):
@@ -56,6 +56,13 @@ def test_bandwidth_and_memory_are_plausible():
 def test_memory_is_that_of_the_fullest_device():
     full = [device("x", {"peak_bytes_in_use": n}) for n in (5, 9, 7)]
     assert memory_in_use(full) == 9
+
+
+def test_limit_is_that_of_the_smallest_device():
+    sizes = [device("x", {"bytes_limit": n}) for n in (9, 5, 7)]
+    assert memory_limit(sizes) == 5
+    assert memory_limit([*sizes, device("x", {})]) is None
+    assert memory_limit([]) is None and memory_limit(jax.local_devices(backend="cpu")) is None
 
 
 def test_memory_without_device_counts_is_the_peak_of_the_process():

@@ -1,5 +1,6 @@
 """Two processes on this machine train one model."""
 
+import json
 import os
 import signal
 import socket
@@ -13,6 +14,7 @@ import pytest
 from lm.cli.args import run_flags
 from lm.train.config import MeshConfig
 from lm.train.loop import train
+from lm.train.timeline import read_timeline
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "train.py"
 
@@ -71,6 +73,13 @@ def test_two_train_stop_together_and_one_goes_on(start_two, tiny_run, tmp_path, 
     assert len(saved) == 1 and 3 <= saved[0] < 60
     steps = [line for line in metrics.read_text().splitlines() if '"loss"' in line]
     assert len(steps) == saved[0]  # written once, by process 0
+    last = json.loads(steps[-1])
+    assert last["hosts/slowest"] in (0, 1) and last["hosts/behind"] <= 2
+    assert 0 < last["hosts/busy_seconds_median"] <= last["hosts/busy_seconds_max"]
+    hosts = json.loads((out / "environment.json").read_text())["hosts"]
+    assert [(host["process"], host["devices"]) for host in hosts] == [(0, 2), (1, 2)]
+    events = read_timeline(out / "timeline.jsonl")
+    assert events[0]["hosts"] == 2 and "stopped by SIGTERM" in events[-1]["reason"]
 
     train(tiny_run(out, resume=True, **changes))
     train(tiny_run(tmp_path / "alone", **changes))

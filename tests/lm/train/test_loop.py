@@ -1,4 +1,5 @@
 import dataclasses
+import itertools
 import json
 import os
 import resource
@@ -12,14 +13,17 @@ from lm.config import ConfigError
 from lm.train import loop
 from lm.train.checkpoint import CheckpointError
 from lm.train.config import MeshConfig
+from lm.train.goodput import Account
 from lm.train.metrics import read_metrics
 from lm.train.report import Reporter
+from lm.train.timeline import read_timeline
 
 
 def test_what_a_run_leaves(finished, tiny_run):
     """The contract of a run folder."""
     names = {path.name for path in finished.iterdir()} - {".lock"}
     files = {"config.json", "data.json", "metrics.jsonl", "loss.png", "summary.json"}
+    files |= {"environment.json", "timeline.jsonl", "report.html"}
     assert names == files | {"checkpoints"}
     assert (finished / "loss.png").read_bytes()[:4] == b"\x89PNG"
     rows = read_metrics(finished / "metrics.jsonl")
@@ -34,7 +38,16 @@ def test_what_a_run_leaves(finished, tiny_run):
         # A byte tokenizer: one token per byte, and one in front of each document.
         assert row["bits_per_byte"] == pytest.approx(row["loss"] / np.log(2), rel=2e-3)
         assert row["bits_per_byte"] > row["loss"] / np.log(2)
+        assert row["memory_headroom"] is None  # nor its memory's limit
+        spent = {k.partition("/")[2]: v for k, v in row.items() if k.startswith("seconds/")}
+        assert row["goodput"] == pytest.approx(spent["step"] / sum(spent.values()), abs=0.01)
     assert trained[-1]["loss"] < trained[0]["loss"] - 0.5
+    assert spent["step"] > 0 and spent["compile"] > 0 and spent["init"] > 0
+    assert [a["time"] <= b["time"] for a, b in itertools.pairwise(rows)] == [True] * 13
+    account = Account(read_timeline(finished / "timeline.jsonl"))
+    assert account.seconds()["step"] >= spent["step"] - 1e-3
+    assert account.seconds()["evaluation"] > 0 and account.seconds()["checkpoint"] > 0
+    assert account.seconds()["other"] < 0.1 * account.total()
     evaluated = [row for row in rows if "eval_loss" in row]
     assert [row["step"] for row in evaluated] == [6, 12]
     assert sorted(p.name for p in (finished / "checkpoints").iterdir()) == [

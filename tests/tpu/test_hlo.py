@@ -1,0 +1,186 @@
+"""Reading HLO: programs whose collectives, trip counts and FLOPs are known by construction."""
+
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from tpu import hlo, hlo_cost
+from tpu.hlo_groups import replica_groups
+
+LOOPS, WIDTH = 5, 64
+
+
+@pytest.fixture(scope="module")
+def text():
+    """All-gathers of [8, 64] f32 in a loop of 5, a psum over 2 x 4 devices, one permute."""
+    mesh = jax.make_mesh((2, 4), ("x", "y"), axis_types=(AxisType.Auto,) * 2)
+
+    def local(a, w):
+        def body(c, w):
+            whole = jax.lax.all_gather(w, "y", tiled=True)  # [16, 64] of [64, 64]
+            return jnp.tanh(c @ whole), None
+
+        c, _ = jax.lax.scan(body, a, w)
+        c = jax.lax.ppermute(c, "x", [(0, 1), (1, 0)])
+        return jax.lax.psum(jnp.sum(c), ("x", "y"))
+
+    run = jax.shard_map(
+        local, mesh=mesh, in_specs=(P("x"), P(None, "y")), out_specs=P(), check_vma=False
+    )
+    a = jax.ShapeDtypeStruct((16, WIDTH), jnp.float32, sharding=NamedSharding(mesh, P("x")))
+    w = (LOOPS, WIDTH, WIDTH)
+    w = jax.ShapeDtypeStruct(w, jnp.float32, sharding=NamedSharding(mesh, P(None, "y")))
+    return jax.jit(run).lower(a, w).compile().as_text()
+
+
+def by_kind(text):
+    return {each.kind: each for each in hlo.Program(text).collectives()}
+
+
+def test_a_collective_in_a_loop_counts_as_often_as_the_loop_runs(text):
+    found = by_kind(text)
+    assert found["all-gather"].count == LOOPS
+    assert found["all-reduce"].count == found["collective-permute"].count == 1
+
+
+def test_bytes_are_those_of_the_whole_array_on_one_device(text):
+    found = by_kind(text)
+    assert found["all-gather"].bytes == WIDTH * WIDTH * 4  # 4 parts of [16, 64]
+    assert found["all-reduce"].bytes == 4
+    assert found["collective-permute"].bytes == 8 * WIDTH * 4
+
+
+def test_groups_are_the_devices_that_take_part(text):
+    groups = by_kind(text)["all-gather"].groups
+    assert sorted(map(sorted, groups.tolist())) == [[0, 1, 2, 3], [4, 5, 6, 7]]
+
+
+def test_flops_of_products_in_loops(text):
+    program = hlo.Program(text)
+    expected = LOOPS * 2 * 8 * WIDTH * WIDTH
+    assert sum(hlo_cost.product_flops(program).values()) == expected
+    # Counted a second way, instruction by instruction with fusions as one.
+    assert sum(w.flops * w.count for w in hlo_cost.work(program)) == expected
+
+
+def test_a_trip_count_that_xla_does_not_note_is_read_from_the_condition(text):
+    bare = re.sub(r'"known_trip_count":\{[^}]*\},?', "", text)
+    assert "known_trip_count" in text and "known_trip_count" not in bare
+    program = hlo.Program(bare)
+    assert program.unknown_loops == []
+    assert by_kind(bare)["all-gather"].count == LOOPS
+
+
+def test_a_loop_whose_length_depends_on_data_is_named():
+    step = jax.jit(lambda n: jax.lax.fori_loop(0, n, lambda i, x: x * 2 + i, n))
+    program = hlo.Program(step.lower(jnp.int32(3)).compile().as_text())
+    assert len(program.unknown_loops) == 1
+
+
+def test_nested_loops_multiply():
+    def f(a):
+        inner = lambda c, _: (jnp.tanh(c @ a), None)  # noqa: E731
+        outer = lambda c, _: (jax.lax.scan(inner, c, None, 3)[0], None)  # noqa: E731
+        return jax.lax.scan(outer, a, None, 7)[0]
+
+    text = jax.jit(f).lower(jnp.ones((16, 16))).compile().as_text()
+    assert hlo_cost.product_flops(hlo.Program(text))["model"] == 21 * 2 * 16**3
+
+
+def test_recomputation_and_optimizer_are_told_apart():
+    w = jnp.ones((3, 8, 8))
+
+    def loss(w, x):
+        body = jax.checkpoint(lambda x, w: (jnp.tanh(x @ w), None), prevent_cse=False)
+        return jax.lax.scan(body, x, w)[0].sum()
+
+    def step(w, x):
+        g = jax.grad(loss)(w, x)
+        with jax.named_scope("optimizer"):
+            return w - g @ g
+
+    text = jax.jit(step).lower(w, jnp.ones((4, 8))).compile().as_text()
+    one = 3 * 2 * 4 * 8 * 8  # a product of the forward pass, over the layers
+    parts = hlo_cost.product_flops(hlo.Program(text))
+    assert parts["optimizer"] == 3 * 2 * 8**3
+    assert parts["remat"] == one
+    assert parts["model"] == 3 * one
+
+
+def test_what_forward_loops_keep_for_the_backward_pass():
+    def loss(w, x):
+        return jax.lax.scan(lambda x, w: (jnp.tanh(x @ w), None), x, w)[0].sum()
+
+    text = jax.jit(jax.grad(loss)).lower(jnp.ones((6, 8, 8)), jnp.ones((4, 8))).compile().as_text()
+    stacked = hlo.Program(text).stacked_by_forward()
+    x = 6 * 4 * 8 * 4  # an activation [4, 8] f32 of each of 6 layers
+    assert stacked in (x, 2 * x)  # the input of a product and, if kept apart, that of tanh
+
+
+@pytest.mark.parametrize(
+    "attributes,expected",
+    [
+        ("replica_groups={{0,2},{1,3}}, x", [[0, 2], [1, 3]]),
+        ("replica_groups=[2,2]<=[4], x", [[0, 1], [2, 3]]),
+        ("replica_groups=[2,2]<=[2,2]T(1,0), x", [[0, 2], [1, 3]]),
+        ("replica_groups=mesh['a'=2,'b'=2] {'a'}, x", [[0, 2], [1, 3]]),
+        ("replica_groups=mesh['a'=2,'b'=2] {'a','b'}, x", [[0, 1, 2, 3]]),
+        ("replica_groups=mesh['a'=4] {'a':(2)2}, x", [[0, 1], [2, 3]]),
+        ("replica_groups=mesh['a'=4] {'a':(1)2}, x", [[0, 2], [1, 3]]),
+        ("source_target_pairs={{0,1},{1,0}}, x", [[0, 1], [1, 0]]),
+    ],
+)
+def test_the_ways_to_write_groups(attributes, expected):
+    assert replica_groups(attributes).tolist() == expected
+
+
+def test_groups_that_cannot_be_read_are_an_error():
+    with pytest.raises(ValueError, match="cannot read the replica groups"):
+        replica_groups("channel_id=1")
+
+
+def convolution(lhs, rhs, out, rest):
+    return f"""HloModule m
+
+ENTRY %main (a: bf16{lhs}, b: bf16{rhs}) -> bf16{out} {{
+  %a = bf16{lhs}{{2,1,0:T(8,128)(2,1)}} parameter(0)
+  %b = bf16{rhs}{{2,1,0:T(8,128)(2,1)}} parameter(1)
+  ROOT %c = bf16{out}{{2,1,0:T(8,128)(2,1)S(1)}} convolution(%a, %b), {rest}
+}}
+"""
+
+
+def test_products_written_as_convolutions():
+    """As TPUs write them: [32, 64] x [64, 16], and 8 of [4, 64] x [64, 16] as a batch."""
+    plain = convolution("[32,64]", "[64,16]", "[32,16]", "dim_labels=bf_io->bf")
+    assert hlo_cost.product_flops(hlo.Program(plain))["model"] == 2 * 32 * 64 * 16
+    window = "window={size=8 stride=7 lhs_dilate=8}, dim_labels=0bf_0io->0bf"
+    batched = convolution("[8,4,64]", "[8,64,16]", "[8,4,16]", window)
+    assert hlo_cost.product_flops(hlo.Program(batched))["model"] == 2 * 8 * 4 * 64 * 16
+    (work,) = hlo_cost.work(hlo.Program(batched))
+    assert work.bytes == 2 * (8 * 4 * 64 + 8 * 64 * 16)  # the result stays on the chip
+
+
+def test_a_same_convolution_counts_only_what_meets_no_padding():
+    window = "window={size=3 pad=1_1}, dim_labels=b0f_0io->b0f"
+    text = convolution("[1,10,4]", "[3,4,6]", "[1,10,6]", window)
+    padded = np.pad(np.ones(10), 1)
+    products = sum(padded[i : i + 3].sum() for i in range(10))
+    assert hlo_cost.product_flops(hlo.Program(text))["model"] == 2 * products * 4 * 6
+
+
+def test_an_update_in_place_moves_what_it_writes():
+    update = jax.jit(lambda a, x: a.at[3].set(x * 2), donate_argnums=0)
+    text = update.lower(jnp.ones((1000, 8)), jnp.ones(8)).compile().as_text()
+    moved = sum(w.bytes * w.count for w in hlo_cost.work(hlo.Program(text)))
+    assert 8 * 4 * 2 <= moved < 1000 * 8 * 4 / 10
+
+
+def test_text_that_is_no_program():
+    with pytest.raises(ValueError, match="no ENTRY"):
+        hlo.Program("nothing")
