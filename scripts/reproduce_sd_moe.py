@@ -3,6 +3,7 @@
     python scripts/reproduce_sd_moe.py --list
     python scripts/reproduce_sd_moe.py              # about 1 minute a run on one core
     python scripts/reproduce_sd_moe.py --time       # whole training steps, on an idle machine
+    python scripts/reproduce_sd_moe.py --sides      # where plain experts are alike
     python scripts/reproduce_sd_moe.py --report
 
 Decoders of 2 layers and width 128 with 8 routed experts (top-2) and 1 shared one of width 128,
@@ -15,7 +16,6 @@ docs/results/sd_moe.jsonl; the report is docs/results/sd_moe.md and sd_moe.png.
 import argparse
 import dataclasses
 import functools
-import json
 import statistics
 import sys
 import time
@@ -23,14 +23,16 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import sd_moe_report
+from sd_moe_report import FACTORS, MAIN, ONE_RATE, PLAIN
 
 import moe
 from lm import recipes
 from lm.config import ModelConfig
 from lm.config_moe import MoEConfig
-from lm.experiment import Experiment, steps_to
-from lm.files import atomic_write_json, atomic_write_text
-from lm.sweep import Sweep, best
+from lm.experiment import Experiment
+from lm.files import atomic_write_json
+from lm.sweep import Sweep
 from lm.train.config import RunConfig
 from lm.train.config_sd import SDConfig
 from lm.train.modular import make_run_optimizer
@@ -38,11 +40,8 @@ from lm.train.modular import make_run_optimizer
 RESULTS = Path(__file__).resolve().parents[1] / "docs" / "results"
 STEPS, EVAL_EVERY, WARMUP, SEEDS = 300, 20, 30, (0, 1, 2)
 LOWEST = 1.5e-3
-FACTORS = (1, 2, 4, 8)
-ONE_RATE = 4.0  # of the variants
 OBSERVED = (1, 20, 50, 100, 200, STEPS)
 RANKS = {"1 %": None, "8": 8}
-PLAIN, MAIN = "plain experts", "SD-MoE"
 # Rank of the common part, what differs in `--sd.*`.
 CONTENDERS: dict[str, tuple[int, dict]] = {
     PLAIN: (0, {}),
@@ -66,8 +65,9 @@ def runs():
             for factor in FACTORS:
                 rate = LOWEST * factor
                 found.append(dict(contender=contender, learning_rate=rate, seed=seed))
-    for contender in list(CONTENDERS)[2:]:
-        found.append(dict(contender=contender, learning_rate=LOWEST * ONE_RATE, seed=0))
+    for seed in SEEDS:
+        for contender in list(CONTENDERS)[2:]:
+            found.append(dict(contender=contender, learning_rate=LOWEST * ONE_RATE, seed=seed))
     return found
 
 
@@ -177,192 +177,46 @@ def time_steps(rounds: int = 12) -> None:
     atomic_write_json(RESULTS / "sd_moe_time.json", rows | {"jax": jax.__version__})
 
 
+def show_sides() -> None:
+    """Similarity of plain experts, and of what training has added to them, by matrix and side."""
+    config, found = experiment(PLAIN)
+    kept = {}
+
+    def observe(step, state, metrics):
+        if step in (1, STEPS):
+            kept[step] = jax.tree.map(jnp.copy, state.params)
+
+    found.run(
+        PLAIN,
+        optimizer(config),
+        learning_rate=2 * LOWEST,
+        seed=0,
+        eval_every=STEPS,
+        observe=observe,
+    )
+    change = jax.tree.map(jnp.subtract, kept[STEPS], kept[1])
+    table = {}
+    for what, params in (("weights", kept[STEPS]), ("change", change)):
+        for name, value in moe.expert_metrics(params, None).items():
+            if name.startswith("similarity/"):
+                table.setdefault(name.removeprefix("similarity/"), {})[what] = round(
+                    float(value), 3
+                )
+    atomic_write_json(RESULTS / "sd_moe_sides.json", table)
+    print(table)
+
+
 def report(rows):
-    """Tables and curves of everything that is finished."""
-    lines = [SUMMARY.strip(), ""]
-    swept = [row for row in rows if row["run"]["contender"] in (PLAIN, MAIN)]
-    rates = best(swept, "contender", "final")
-    chosen = {
-        name: {r["run"]["seed"]: r["result"] for r in rows
-               if (r["run"]["contender"], r["run"]["learning_rate"]) == (name, rate)}
-        for name, rate in rates.items()
-    }  # fmt: skip
-    lines += main_table(rates, chosen) + rate_table(swept) + similarity_table(rates, chosen)
-    lines += variant_table(rows) + time_table()
-    atomic_write_text(RESULTS / "sd_moe.md", "\n".join(lines).rstrip() + "\n")
-    plot(chosen)
-    print(f"wrote {RESULTS / 'sd_moe.md'}")
-
-
-def main_table(rates, chosen):
-    lines = [
-        "## Best against best",
-        "",
-        "| contender | best rate | held-out loss | minus plain (paired) |"
-        " steps to the plain experts' final loss | seeds |",
-        "|---|---|---|---|---|---|",
-    ]
-    target = {seed: result["final"] for seed, result in chosen.get(PLAIN, {}).items()}
-    for name, found in chosen.items():
-        gaps, needed = [], []
-        for seed in target.keys() & found.keys():
-            gaps.append(found[seed]["final"] - target[seed])
-            needed.append(steps_to(found[seed]["steps"], found[seed]["valid"], target[seed]))
-        reached = [steps for steps in needed if steps is not None]
-        share = "never"
-        if reached:
-            share = f"{spread(reached, 0)} ({statistics.mean(reached) / STEPS:.0%})"
-            share += f", {len(needed) - len(reached)} never" if len(reached) < len(needed) else ""
-        finals = [result["final"] for result in found.values()]
-        lines.append(
-            f"| {name} | {rates[name]:g} | {spread(finals)} | {spread(gaps)} | {share} |"
-            f" {len(finals)} |"
-        )
-    return [*lines, ""]
-
-
-def rate_table(rows):
-    """Losses by rate, and how far each is above the contender's best."""
-    lines = [
-        "## Learning-rate tolerance",
-        "",
-        "Held-out loss at multiples of the lowest rate; in brackets above the contender's best.",
-        "",
-        "| contender | " + " | ".join(f"{factor}x" for factor in FACTORS) + " |",
-        "|---" * (len(FACTORS) + 1) + "|",
-    ]
-    for name in (PLAIN, MAIN):
-        finals = {
-            factor: [
-                row["result"]["final"]
-                for row in rows
-                if row["run"]["contender"] == name
-                and abs(row["run"]["learning_rate"] / LOWEST / factor - 1) < 1e-6
-            ]
-            for factor in FACTORS
-        }
-        means = {f: statistics.mean(v) for f, v in finals.items() if v and None not in v}
-        cells = [
-            f"{spread(values)} (+{means[factor] - min(means.values()):.3f})"
-            if factor in means
-            else "diverged" if values else "-"
-            for factor, values in finals.items()
-        ]  # fmt: skip
-        lines.append(f"| {name} | " + " | ".join(cells) + " |")
-    return [*lines, ""]
-
-
-def similarity_table(rates, chosen):
-    lines = [
-        "## Experts' similarity over training",
-        "",
-        "At each contender's best rate, mean over seeds, layers, pairs, matrices and sides; chance"
-        " is rank / 128. For SD-MoE, `similarity` is of whole experts W_c + W_u,i, alike by"
-        " construction, `unique_similarity` of the W_u,i.",
-        "",
-        "| contender | quantity | " + " | ".join(f"step {step}" for step in OBSERVED) + " |",
-        "|---" * (len(OBSERVED) + 2) + "|",
-    ]
-    for name, found in chosen.items():
-        observed = [result["observed"] for result in found.values()]
-        for quantity in sorted(observed[0]) if observed else ():
-            cells = [
-                f"{statistics.mean(each[quantity][str(step)] for each in observed):.3f}"
-                for step in OBSERVED
-            ]
-            lines.append(f"| {name} | {quantity} | " + " | ".join(cells) + " |")
-    return [*lines, ""]
-
-
-def variant_table(rows):
-    at = {
-        row["run"]["contender"]: row["result"]
-        for row in rows
-        if row["run"]["seed"] == 0
-        and abs(row["run"]["learning_rate"] / LOWEST / ONE_RATE - 1) < 1e-6
-    }
-    lines = [
-        f"## Variants (seed 0, rate {LOWEST * ONE_RATE:g})",
-        "",
-        "| variant | held-out loss | unique similarity (rank 1 %), last | change at the last"
-        " refresh |",
-        "|---|---|---|---|",
-    ]
-    for name in (name for name in CONTENDERS if name in at):
-        observed = at[name]["observed"]
-        last = lambda key, seen=observed: seen.get(key, {}).get(str(STEPS), "-")  # noqa: E731
-        lines.append(
-            f"| {name} | {spread([at[name]['final']])} | "
-            f"{last('unique_similarity, rank 1 %')} | {last('refresh_change')} |"
-        )
-    return [*lines, ""]
-
-
-def time_table():
-    path = RESULTS / "sd_moe_time.json"
-    if not path.exists():
-        return []
-    lines = ["## Overhead", "", "| step | plain ms | SD-MoE ms | ratio |", "|---|---|---|---|"]
-    for name, row in json.loads(path.read_text()).items():
-        if isinstance(row, dict):
-            lines.append(f"| {name} | {row[PLAIN]} | {row[MAIN]} | {row['ratio']} |")
-    return [*lines, ""]
-
-
-def spread(values, digits=4):
-    """Mean and, from two values on, the standard error."""
-    if not values or None in values:
-        return "diverged" if values else "-"
-    mean = f"{statistics.mean(values):.{digits}f}"
-    if len(values) < 2:
-        return mean
-    return f"{mean} ± {statistics.stdev(values) / len(values) ** 0.5:.{digits}f}"
-
-
-def plot(chosen):
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, (losses, alike) = plt.subplots(1, 2, figsize=(9, 3.4))
-    for name, found in chosen.items():
-        results = list(found.values())
-        steps = results[0]["steps"]
-        mean = [statistics.mean(v) for v in zip(*(r["valid"] for r in results), strict=True)]
-        losses.plot(steps[2:], mean[2:], label=name)
-        for what in ("similarity", "unique_similarity"):
-            key = f"{what}, rank 1 %"
-            if key in results[0]["observed"]:
-                values = [
-                    statistics.mean(r["observed"][key][str(step)] for r in results)
-                    for step in OBSERVED
-                ]
-                alike.plot(OBSERVED, values, marker="o", markersize=3, label=f"{name}: {what}")
-    losses.set(xlabel="step", ylabel="held-out loss, nats per byte")
-    alike.set(xlabel="step", ylabel="expert similarity", ylim=(0, 1))
-    losses.legend(fontsize=7)
-    alike.legend(fontsize=7)
-    figure.tight_layout()
-    figure.savefig(RESULTS / "sd_moe.png", dpi=70)
-
-
-SUMMARY = """
-# SD-MoE against plain experts
-
-`python scripts/reproduce_sd_moe.py`; one line for each run in [sd_moe.jsonl](sd_moe.jsonl).
-± is the standard error over seeds; both contenders at their best rate of the same four.
-
-![Held-out loss and expert similarity by step](sd_moe.png)
-"""
+    sd_moe_report.write(rows, LOWEST, list(CONTENDERS), STEPS, OBSERVED)
 
 
 def main(argv=None):
     own = argparse.ArgumentParser(allow_abbrev=False, add_help=False)
     own.add_argument("--time", action="store_true")
+    own.add_argument("--sides", action="store_true")
     args, rest = own.parse_known_args(argv)
-    if args.time:
-        time_steps()
+    if args.time or args.sides:
+        (time_steps if args.time else show_sides)()
         return 0
     return Sweep(RESULTS / "sd_moe.jsonl", runs()).main(rest, execute, report)
 
