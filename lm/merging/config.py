@@ -33,6 +33,7 @@ __all__ = [
     "TokenSource",
     "TokenizerConfig",
     "load_config",
+    "load_text",
     "parse_config",
     "parse_yaml",
 ]
@@ -129,13 +130,17 @@ class MergeConfig:
 def load_config(path: str | Path) -> MergeConfig:
     """Read a configuration file of one document."""
     path = Path(path)
+    return parse_yaml(load_text(path), place=path.name)
+
+
+def load_text(path: Path) -> str:
+    """A configuration file's text, or `MergeError` saying why it cannot be read."""
     try:
-        text = path.read_text(encoding="utf-8")
+        return path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         raise MergeError(f"{path} is not UTF-8 text (byte {error.start})") from None
     except OSError as error:
         raise MergeError(f"{path} cannot be read: {error.strerror}") from None
-    return parse_yaml(text, place=path.name)
 
 
 def parse_yaml(text: str, place: str = "the configuration") -> MergeConfig:
@@ -162,6 +167,7 @@ def parse_config(
     """
     known = ("merge_method", "models", "slices", "modules", "base_model", "parameters", "dtype")
     known += ("out_dtype", "tokenizer_source", "tokenizer", "chat_template")
+    _refuse_adaptive(data, place)
     data = fields(data, place, known, ("merge_method",))
     parts = [key for key in ("models", "slices", "modules") if data.get(key)]
     if len(parts) != 1:
@@ -193,6 +199,23 @@ def parse_config(
 
     check_parameters(config)
     return config
+
+
+def _refuse_adaptive(data: Any, place: str) -> None:
+    from lm.merging.adaptive.options import METHODS
+    from lm.merging.methods import METHODS as STATIC
+
+    method = data.get("merge_method") if isinstance(data, Mapping) else None
+    if not isinstance(method, str) or method in STATIC:
+        return
+    if method in METHODS:
+        raise MergeError(
+            f"{place}: {method} learns from text, so it is a merge of its own and no stage: make "
+            "it by a configuration file that holds nothing else, and name its folder here"
+        )
+    hint = nearest(method, [*STATIC, *METHODS])
+    if any(f"'{name}'" in hint for name in METHODS):
+        raise MergeError(f"unknown merge_method {method!r}{hint}")
 
 
 def _as_text(data: Mapping) -> str:

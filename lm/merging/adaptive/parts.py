@@ -1,0 +1,115 @@
+"""What a merged model carries beside its weights: arrays by name, and how they act on the model.
+
+Corrections (`surgery`) and routed task vectors (`wemoe`) act where the model multiplies, as a plug
+(`lm.layers.linear.Plug`); so the merged model is run, generates and is evaluated by the functions
+of every other model. This file holds what they share: a program's frame, and training.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from lm.merging.adaptive.work import Work
+
+__all__ = ["Training", "flatten", "make_step", "train", "unflatten"]
+
+
+def flatten(tree: Any) -> dict[str, np.ndarray]:
+    """Arrays of nested dicts by their path, joined by dots."""
+    pairs = jax.tree_util.tree_leaves_with_path(tree)
+    return {".".join(str(key.key) for key in path): np.asarray(leaf) for path, leaf in pairs}
+
+
+def unflatten(arrays: dict[str, np.ndarray]) -> dict[str, Any]:
+    """Nested dicts out of `flatten`'s."""
+    result: dict[str, Any] = {}
+    for name, array in arrays.items():
+        node = result
+        *front, last = name.split(".")
+        for key in front:
+            node = node.setdefault(key, {})
+        node[last] = jnp.asarray(array)
+    return result
+
+
+class Training(NamedTuple):
+    """How `train` trains."""
+
+    steps: int
+    rate: Callable[[int], float]
+    """Of every step."""
+    warn: Callable[[Any], list[str]] = lambda _: []
+    """Gives warnings for the auxiliary values of a step."""
+    stop: bool = False
+    """Stop at the first warning."""
+
+
+def make_step(loss: Callable[[Any, Any], tuple[jax.Array, Any]]) -> Callable:
+    """A compiled step of Adam on `loss(trained, inputs)`, which gives (value, auxiliary values).
+
+    The step takes (trained, state, inputs, rate) and gives (trained, state, value, auxiliary).
+    """
+    adam = optax.scale_by_adam()
+
+    @jax.jit
+    def step(trained, state, inputs, rate):
+        (value, auxiliary), grads = jax.value_and_grad(loss, has_aux=True)(trained, inputs)
+        updates, state = adam.update(grads, state)
+        trained = jax.tree.map(lambda p, u: p - rate * u, trained, updates)
+        return trained, state, value, auxiliary
+
+    return step
+
+
+def train(
+    name: str,
+    how: Training,
+    trained: Any,
+    step: Callable,
+    batch: Callable[[int], Any],
+    work: Work,
+    say: Callable[[str], None],
+) -> Any:
+    """Train, with checkpoints in `work`, from which it continues.
+
+    Args:
+      name: of the checkpoint.
+      how: steps and rate.
+      trained: nested dicts of arrays.
+      step: from `make_step`.
+      batch: the inputs of a step, by its number.
+      work: where progress is kept.
+      say: takes a line now and then.
+    """
+    state, start = optax.scale_by_adam().init(trained), 0
+    leaves, structure = jax.tree.flatten((trained, state))
+    if before := work.load(name):
+        arrays, meta = before
+        leaves = [jnp.asarray(arrays[str(n)]) for n in range(len(leaves))]
+        (trained, state), start = jax.tree.unflatten(structure, leaves), meta["step"]
+        say(f"{name}: continuing at step {start}")
+    every = max(1, how.steps // 10)
+    for number in range(start, how.steps):
+        rate = jnp.float32(how.rate(number))
+        trained, state, value, auxiliary = step(trained, state, batch(number), rate)
+        if not np.isfinite(float(value)):
+            raise FloatingPointError(f"{name}: the loss of step {number} is {value}")
+        lines = how.warn(auxiliary)
+        for line in lines:
+            say(f"warning: {line}")
+        if (number + 1) % every == 0 or number == 0:
+            say(f"{name}: step {number + 1} of {how.steps}: loss {float(value):.4f}")
+        stop = bool(lines) and how.stop
+        done = number + 1 == how.steps or stop
+        if done or work.due():
+            leaves = jax.tree.leaves((trained, state))
+            arrays = {str(n): np.asarray(leaf) for n, leaf in enumerate(leaves)}
+            work.save(name, arrays, {"step": how.steps if done else number + 1})
+        if stop:
+            say(f"{name}: stopped at step {number + 1}: stop_on_collapse")
+            break
+    return trained
