@@ -213,5 +213,24 @@ SUMMARY = """
 `python scripts/reproduce_sd_moe.py`; one line for each run in [sd_moe.jsonl](sd_moe.jsonl).
 ± is the standard error over seeds; both contenders at their best rate of the same four.
 
+The paper (arXiv 2602.12556) trained 0.8 and 1.5 billion active parameters on 100 billion tokens.
+Here are 0.5 million active parameters, 8 routed experts and a shared one, and 0.6 million tokens.
+What this size shows:
+
+- **SD-MoE is behind**: 0.016 nats at either's best rate, and it never reaches the plain experts'
+  final loss, of which the paper says that it takes about 30 % fewer steps.
+- **No wider range of rates**: twice and four times the best rate cost both about the same.
+- **What it is meant to cure is not there**: plain experts are alike in 6 % of their leading
+  direction and 10 % of the leading eight (chance: 1 and 6 %), also after 1000 steps (8 and 14 %),
+  where the paper starts from more than 90 %. So that SD-MoE's own parts are below 0.1 proves
+  nothing.
+- **What overlap there is has one side**: what training adds to experts is alike where they meet the
+  residual stream (inputs of gate and up, outputs of down), and at chance level on the side of the
+  hidden units, which have no order in common. The double complement removes common directions on
+  both sides; on the second there is nothing to remove, and what it takes away is just capacity.
+- **The variants agree**: with 2 directions taken away it ties with plain experts, with 8 and 16 it
+  is behind. Projecting the update alone does better than gradient and update, and moving what a
+  refresh displaces (our default) better than dropping or keeping it.
+
 ![Held-out loss and expert similarity by step](sd_moe.png)
 """
