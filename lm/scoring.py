@@ -17,7 +17,7 @@ from jax.sharding import Mesh
 
 from lm import model, sharding
 from lm.config import ConfigError, ModelConfig, check
-from lm.generate import Sampling, generate
+from lm.generate import Sampling, generate, prepare
 from lm.layers.linear import Plug
 
 __all__ = ["Scorer", "rolling_windows"]
@@ -177,6 +177,7 @@ class Scorer:
         )
         short = [list(ids)[-room:] for ids in prompts]
         found: list[list[int]] = [[] for _ in prompts]
+        params = prepare(self.config, self.params)
         for batch in self._batches([len(ids) for ids in short]):
             rows = [short[index] for index in batch]
             rows += rows[-1:] * (self.batch_size - len(rows))  # one shape for all batches
@@ -184,7 +185,7 @@ class Scorer:
             with jax.set_mesh(self.mesh):
                 tokens = generate(
                     self.config,
-                    self.params,
+                    params,
                     rows,
                     max_tokens=max_tokens,
                     sampling=sampling,

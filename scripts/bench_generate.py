@@ -21,7 +21,6 @@ import time
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 import lm.hf
@@ -75,7 +74,8 @@ def ours(config, params, case) -> tuple[float, list]:
 
 def compare(arguments, folder: str, dtype: str) -> tuple[list[str], dict]:
     """Rows of the table for one dtype, and the peer's versions."""
-    config, params = lm.hf.load(folder, dtype=jnp.dtype(dtype))
+    config, params = lm.hf.load(folder, dtype=dtype)
+    params = g.prepare(config, params)
     rng = np.random.default_rng(0)
     cases = [
         dict(prompts=rng.integers(1, config.vocab_size, (b, t)).tolist(), new=arguments.new)

@@ -25,6 +25,38 @@ REMAT_POLICIES = {
 }
 
 
+@jax.tree_util.register_pytree_node_class
+class Unstacked(tuple):
+    """The members of a stack, each in an array of its own: in place of the stacked leaf.
+
+    For decoding on CPUs, where a loop over stacked layers copies the weights of each (and its part
+    of the cache, twice) before it multiplies with them.
+    """
+
+    def tree_flatten(self):
+        return tuple(self), None
+
+    @classmethod
+    def tree_unflatten(cls, _, members):
+        return cls(members)
+
+
+def unstack(tree):
+    """Every leaf [L, ...] as `Unstacked` leaves of shape [...]."""
+    return jax.tree.map(lambda leaf: Unstacked(leaf[i] for i in range(len(leaf))), tree)
+
+
+def _map(function, *trees):
+    """jax.tree.map that takes an `Unstacked` for a leaf."""
+    return jax.tree.map(function, *trees, is_leaf=lambda node: isinstance(node, Unstacked))
+
+
+def _loose(tree) -> bool:
+    found = []
+    _map(lambda leaf: found.append(isinstance(leaf, Unstacked)), tree)
+    return any(found)
+
+
 class Run(NamedTuple):
     """Layers start .. start + period * repeats - 1, of which every `period` are alike."""
 
@@ -62,7 +94,8 @@ def run_layers(blocks: dict[str, nnx.Module], x, rotation, config: ModelConfig, 
     stacked buffers.
 
     Args:
-      blocks: the stacks, by their names in `config.stacks`.
+      blocks: the stacks, by their names in `config.stacks`; leaves may be `Unstacked`, and those of
+        the cache too, if it is given: then there is no loop, and the new cache is `Unstacked`.
       per_layer: what each layer gets of its own besides parameters, stacked over all layers:
         (cache or None, active or None).
 
@@ -96,7 +129,8 @@ def run_layers(blocks: dict[str, nnx.Module], x, rotation, config: ModelConfig, 
     remat = functools.partial(jax.checkpoint, policy=REMAT_POLICIES[config.remat])
     used = dict.fromkeys(blocks, 0)
     auxiliaries, caches = [], []
-    for run in plan(kinds, config.num_layers > config.unroll):
+    loose = _loose((split, per_layer))
+    for run in plan(kinds, config.num_layers > config.unroll and not loose):
         period = kinds[run.start : run.start + run.period]
         counts = {name: sum(kind[0] == name for kind in period) for name in blocks}
         states = {}
@@ -110,8 +144,9 @@ def run_layers(blocks: dict[str, nnx.Module], x, rotation, config: ModelConfig, 
         step = functools.partial(body, kinds=period, counts=counts)
         if run.repeats == 1:
             step = step if config.remat == "none" else remat(step)
-            x, outputs = step(x, jax.tree.map(lambda leaf: leaf[0], (states, shared)))
-            auxiliary, cache = jax.tree.map(lambda leaf: leaf[None], outputs)
+            x, (auxiliary, cache) = step(x, _map(lambda leaf: leaf[0], (states, shared)))
+            auxiliary = jax.tree.map(lambda leaf: leaf[None], auxiliary)
+            cache = cache if loose else jax.tree.map(lambda leaf: leaf[None], cache)
         else:
             step = step if config.remat == "none" else remat(step, prevent_cse=False)
             x, (auxiliary, cache) = jax.lax.scan(step, x, (states, shared))
@@ -120,17 +155,21 @@ def run_layers(blocks: dict[str, nnx.Module], x, rotation, config: ModelConfig, 
         auxiliaries += [auxiliary] if counts["layers"] else []
         caches.append(cache)
     concatenate = functools.partial(jax.tree.map, lambda *leaves: jnp.concatenate(leaves))
-    return x, concatenate(*auxiliaries), concatenate(*caches)
+    if loose:
+        caches = [jax.tree.map(lambda *leaves: Unstacked(leaves), *caches)]
+    return x, concatenate(*auxiliaries), caches[0] if loose else concatenate(*caches)
 
 
 def _fold(tree, part: slice, count: int):
     """Members `part` of stacks, by `count` together; a single one gets no axis of its own."""
 
     def fold(leaf):
+        if isinstance(leaf, Unstacked):
+            return Unstacked(leaf[part])
         leaf = leaf[part]
         return leaf if count == 1 else leaf.reshape(-1, count, *leaf.shape[1:])
 
-    return jax.tree.map(fold, tree)
+    return _map(fold, tree)
 
 
 def _member(tree, i: int, count: int):

@@ -9,7 +9,10 @@ import lm
 from lm import generate as module
 from lm import model
 from lm.config import ConfigError, ModelConfig, RopeScaling
+from lm.config_mla import MLAConfig
+from lm.config_moe import MoEConfig
 from lm.generate import Sampling, continue_text, generate, sample
+from lm.layers.stack import unstack
 
 SIZES = dict(vocab_size=48, num_layers=2, d_model=32, num_heads=4, d_ff=48, dtype="float32")
 CONFIG = ModelConfig(**SIZES)
@@ -229,3 +232,41 @@ def test_pieces_of_text_are_whole_characters(params, monkeypatch):
 def test_text_that_ends_within_a_character_shows_what_there_is(params, monkeypatch):
     monkeypatch.setattr(module, "generate", lambda *_, **__: (np.asarray([i]) for i in range(2)))
     assert "".join(continue_text(CONFIG, params, Letters(), "a", 9, GREEDY, 0)) == "a\ufffd"
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        FORMS["pattern"],
+        dict(num_layers=3, mlp="moe", attention_kind="mla")
+        | dict(moe=MoEConfig(experts=4, top_k=2, dense_layers=(0,)))
+        | dict(
+            mla=MLAConfig(kv_lora_rank=16, qk_nope_head_dim=8, qk_rope_head_dim=8, v_head_dim=8)
+        ),
+    ],
+    ids=["pattern", "mixed"],
+)
+def test_layers_in_arrays_of_their_own_give_the_same(rng, changes):
+    """What CPUs decode with against the loop over stacks that other devices run."""
+    config = ModelConfig(**SIZES | changes)
+    params = sharpened(config)
+    tokens = jnp.asarray(rng.integers(0, 48, (2, 9)))
+    cache = model.init_cache(config, 2, 12)
+    decode = jax.jit(model.decode, static_argnums=0)
+    wanted, stacked = decode(config, params, tokens, cache, jnp.int32(0))
+    prepared = module.prepare(config, params)
+    assert module.prepare(config, prepared) is prepared
+    got, loose = decode(config, prepared, tokens, unstack(cache), jnp.int32(0))
+    np.testing.assert_allclose(got, wanted, rtol=1e-5, atol=1e-5)
+    for name, leaves in loose._asdict().items():
+        if leaves is not None:
+            assert len(leaves) == 3
+            np.testing.assert_allclose(np.stack(leaves), getattr(stacked, name), atol=1e-5)
+
+
+def test_one_row_in_16_bit_gets_company_that_nobody_sees(params):
+    config = dataclasses.replace(CONFIG, dtype="bfloat16")
+    alone = collect(config, params, [[1, 2, 3]], max_tokens=6, sampling=GREEDY)
+    assert alone.shape == (1, 6)
+    both = collect(config, params, [[1, 2, 3], [1, 2, 3]], max_tokens=6, sampling=GREEDY)
+    np.testing.assert_array_equal(both, np.repeat(alone, 2, axis=0))
