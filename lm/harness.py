@@ -86,6 +86,12 @@ class HarnessModel:
     def loglikelihood(self, requests: Sequence[Request]) -> list[tuple[float, bool]]:
         """(log-likelihood in nats, whether greedy decoding gives it) of (context, continuation)."""
         pairs = [self.split(*request.args) for request in requests]
+        longest = max((len(continuation) for _, continuation in pairs), default=0)
+        check(
+            longest <= self.scorer.max_length,
+            f"a continuation has {longest} tokens, and the model reads {self.scorer.max_length}: "
+            "leave out such tasks",
+        )
         with self._bar(len(pairs), "log-likelihoods") as done:
             return self.scorer.loglikelihoods(pairs, done)
 
@@ -175,8 +181,8 @@ def _settings(given: dict[str, Any]) -> tuple[tuple[str, ...], int, Sampling]:
     count = next((given[name] for name in _COUNTS if given.get(name) is not None), MAX_TOKENS)
     heat = float(given.get("temperature") or 0.0)
     sample = given.get("do_sample")
-    if sample is None:
-        sample = heat > 0
+    if sample is None or given.get("temperature") is not None:
+        sample = heat > 0 and sample is not False
     top_k, top_p = int(given.get("top_k") or 0), float(given.get("top_p") or 1.0)
     if not sample:
         return tuple(s for s in stops if s), int(count), Sampling(temperature=0.0)

@@ -130,8 +130,7 @@ def _read(args: ConvertArgs, foreign: bool) -> Source:
             config, params = hf.load_adapter(args.peft, config, params)
             if args.to != "peft":
                 config, params = adapters.merge(config, params)
-        tokenizer = str(src) if (src / "tokenizer.json").is_file() else None
-        return Source(config, params, tokenizer, read_json(src / "config.json")["model_type"])
+        return Source(config, params, str(src), read_json(src / "config.json")["model_type"])
     if (src / _MODEL).is_file():
         source = _read_orbax(src)
     else:
@@ -157,8 +156,13 @@ def _template(source: Source) -> str:
 
 def _cast(source: Source, dtype: str) -> Source:
     import jax
+    import numpy as np
+
+    from lm.hf.tensors import by_path, check_range
 
     params = jax.tree.map(lambda leaf: leaf.astype(dtype), source.params)
+    for path, leaf in by_path(params).items() if dtype == "float16" else ():
+        check_range("/".join(path), np.asarray(leaf))
     config = dataclasses.replace(source.config, dtype=dtype, param_dtype=dtype)
     return source._replace(config=config, params=params)
 
@@ -193,7 +197,8 @@ def _write_orbax(dst: Path, source: Source) -> None:
     from lm.train.checkpoint_checks import named_leaves
     from lm.train.config_io import config_to_dict
 
-    building = dst.absolute().parent / f".{dst.name}-{uuid.uuid4().hex[:8]}.tmp"
+    dst = Path(os.path.realpath(dst))
+    building = dst.parent / f".{dst.name}-{uuid.uuid4().hex[:8]}.tmp"
     building.mkdir(parents=True)
     store = ArrayStore()
     try:

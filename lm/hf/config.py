@@ -34,7 +34,8 @@ def read_config(content: Mapping[str, Any], where: str, dtype: str) -> tuple[Fam
     """
     family = _family_of(content, where)
     keys = Reader(content)
-    keys.take("auto_map")  # which names what the family knows
+    for known in ("auto_map", "quantization_config"):  # looked at by _family_of
+        keys.take(known)
     fields: dict[str, Any] = dict(family.fields)
     try:
         for rule in family.rules:
@@ -63,6 +64,7 @@ def _part(fields: dict[str, Any], front: str) -> dict[str, Any]:
 
 def _family_of(content: Mapping[str, Any], where: str) -> Family:
     kind = content.get("model_type")
+    kind = kind if isinstance(kind, str) else ""
     known = FAMILIES[kind].code if kind in FAMILIES else ()
     code = content.get("auto_map", {})
     # "REPOSITORY--module.Class" where a copy of the file names the place of the code.
@@ -73,14 +75,15 @@ def _family_of(content: Mapping[str, Any], where: str) -> Family:
             f"{where} has auto_map: this model brings Python code of its own (trust_remote_code), "
             "which is not run here"
         )
-    if "quantization_config" in content:
+    if content.get("quantization_config") is not None:
         raise ConfigError(
             f"{where} has quantization_config: quantized checkpoints cannot be read; give the "
             "model in bfloat16, float16 or float32"
         )
     if kind not in FAMILIES:
         raise ConfigError(
-            f"{where}: model_type {kind!r} is not known; there are {', '.join(FAMILIES)}"
+            f"{where}: model_type {content.get('model_type')!r} is not known; there are "
+            f"{', '.join(FAMILIES)}"
         )
     family = FAMILIES[kind]
     classes = content.get("architectures") or [family.architecture]

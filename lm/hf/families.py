@@ -37,6 +37,7 @@ LLAMA = Family(
         Flag("mlp_bias", ("mlp_bias",), False),
         Flag("tie_word_embeddings", ("tie_embeddings",), False),
         Rope(),
+        Fixed("rope_interleaved", False),
     ),
     tensors=_LLAMA_TENSORS,
 )
@@ -46,7 +47,7 @@ MISTRAL = Family(
     "MistralForCausalLM",
     rules=(
         *SIZES,
-        Field("num_key_value_heads", "num_kv_heads", 8),
+        Field("num_key_value_heads", "num_kv_heads", 8, nullable=True),
         Field("head_dim", "head_dim", None),
         Field("rms_norm_eps", "norm_eps", 1e-6),
         SILU,
@@ -62,7 +63,7 @@ QWEN2 = Family(
     "Qwen2ForCausalLM",
     rules=(
         *SIZES,
-        Field("num_key_value_heads", "num_kv_heads", 32),
+        Field("num_key_value_heads", "num_kv_heads", 32, nullable=True),
         Field("head_dim", "head_dim", None),
         Field("rms_norm_eps", "norm_eps", 1e-6),
         SILU,
@@ -80,7 +81,7 @@ QWEN3 = Family(
     "Qwen3ForCausalLM",
     rules=(
         *SIZES,
-        Field("num_key_value_heads", "num_kv_heads", 32),
+        Field("num_key_value_heads", "num_kv_heads", 32, nullable=True),
         Field("head_dim", "head_dim", 128),
         Field("rms_norm_eps", "norm_eps", 1e-6),
         SILU,

@@ -39,7 +39,7 @@ MIXTRAL = Family(
     "MixtralForCausalLM",
     rules=(
         *SIZES,
-        Field("num_key_value_heads", "num_kv_heads", 8),
+        Field("num_key_value_heads", "num_kv_heads", 8, nullable=True),
         Field("head_dim", "head_dim", None),
         Field("rms_norm_eps", "norm_eps", 1e-5),
         _ACTIVATION,
@@ -87,7 +87,7 @@ QWEN2_MOE = Family(
     "Qwen2MoeForCausalLM",
     rules=(
         *SIZES,
-        Field("num_key_value_heads", "num_kv_heads", 16),
+        Field("num_key_value_heads", "num_kv_heads", 16, nullable=True),
         Field("head_dim", "head_dim", None),
         Field("rms_norm_eps", "norm_eps", 1e-6),
         _ACTIVATION,
@@ -160,7 +160,7 @@ def _deepseek_rules(experts: int, first_dense: int, scale: float, width: int, he
     """What V2 and V3 have in common, with their own defaults."""
     return (
         *SIZES,
-        Field("num_key_value_heads", "num_kv_heads", heads),
+        Field("num_key_value_heads", "num_kv_heads", heads, nullable=True),
         Field("rms_norm_eps", "norm_eps", 1e-6),
         _ACTIVATION,
         Fixed("attention_bias", False),
@@ -217,8 +217,8 @@ DEEPSEEK_V3 = Family(
         *_deepseek_rules(256, first_dense=3, scale=2.5, width=2048, heads=128),
         Groups((("noaux_tc", "grouped"),), "noaux_tc", groups=8, kept=4),
         Fixed("scoring_func", "sigmoid", written=True),
-        Flag("norm_topk_prob", ("moe.normalize",), True),
-        Flag("rope_interleave", ("rope_interleave",), True),
+        Flag("norm_topk_prob", ("moe.normalize",), True, nullable=True),
+        Flag("rope_interleave", ("rope_interleave",), True, nullable=True),
         # Heads that predict further tokens: they change nothing of the next token's logits.
         Unread(("num_nextn_predict_layers", "num_mtp_layers"), (("num_nextn_predict_layers", 0),)),
     ),

@@ -58,6 +58,7 @@ UNIMPORTANT = frozenset(
         *("n_ctx", "reorder_and_upcast_attn"),  # GPT-2: the first repeats n_positions
         *("_name_or_path", "architectures", "model_type", "transformers_version", "auto_class"),
         *("dtype", "torch_dtype", "task_specific_params", "license", "finetuning_task"),
+        *("is_llama_config", "transformers.js_config", "unsloth_fixed", "unsloth_version"),
         # ids, which the tokenizer and the caller decide about
         *("bos_token_id", "eos_token_id", "pad_token_id", "sep_token_id", "decoder_start_token_id"),
         # initialization and dropout: training from scratch only
@@ -70,7 +71,8 @@ UNIMPORTANT = frozenset(
         *("_attn_implementation", "_attn_implementation_autoset", "attn_implementation"),
         *("chunk_size_feed_forward", "gradient_checkpointing", "tie_last_hidden_states"),
         # other heads
-        *("id2label", "label2id", "num_labels", "problem_type", "classifier_dropout"),
+        *("id2label", "label2id", "num_labels", "_num_labels", "problem_type"),
+        "classifier_dropout",
         *("summary_type", "summary_use_proj", "summary_activation", "summary_proj_to_labels"),
         *("summary_first_dropout",),
         # defaults of generate() that older files hold

@@ -40,6 +40,14 @@ class Reader:
         return default if value is None else value
 
 
+def read_flag(keys: Reader, key: str, default: bool, *, nullable: bool = False) -> bool:
+    """A switch; with `nullable` null is off."""
+    value = keys.take(key, default, nullable=nullable)
+    if not isinstance(value, bool) and value is not None:
+        raise ConfigError(f"{key} must be true or false, got {value!r}")
+    return bool(value)
+
+
 def get(config: ModelConfig, field: str) -> Any:
     """A field of the model, or of its experts: "moe.top_k"."""
     if field == "moe.d_expert":
@@ -106,11 +114,11 @@ class Flag:
     key: str
     fields: tuple[str, ...]
     default: bool
+    nullable: bool = False
+    """Whether null is false, not the default."""
 
     def read(self, keys: Reader) -> dict[str, Any]:
-        value = keys.take(self.key, self.default)
-        if not isinstance(value, bool):
-            raise ConfigError(f"{self.key} must be true or false, got {value!r}")
+        value = read_flag(keys, self.key, self.default, nullable=self.nullable)
         return dict.fromkeys(self.fields, value)
 
     def write(self, config: ModelConfig) -> dict[str, Any]:
@@ -215,7 +223,18 @@ class Rope:
         local = keys.take("rope_local_base_freq", self.local_theta)
         if not isinstance(parameters, dict) or not isinstance(scaling, dict):
             raise ConfigError("rope_parameters and rope_scaling must be objects or null")
+        if parameters and scaling:
+            # transformers forgets what the first one says, the base of the angles included.
+            raise ConfigError(
+                "rope_parameters and rope_scaling are both given: put what the second says (and "
+                "rope_theta) into the first, and remove the second"
+            )
         if self.local_theta is not None and parameters:
+            if other := sorted(set(parameters) - set(_NAMES)):
+                raise ConfigError(
+                    f"rope_parameters has {other[0]!r}; in this family it holds one object for "
+                    f"each kind of layer: {', '.join(_NAMES)}"
+                )
             sliding = dict(parameters.get("sliding_attention") or {})
             parameters = parameters.get("full_attention") or {}
             local = sliding.pop("rope_theta", local)
@@ -273,6 +292,11 @@ def _read_scaling(rope: dict[str, Any], context: int, mscale: bool) -> RopeScali
         rope.pop("original_max_position_embeddings")  # linear scaling does not use it
     if unknown := sorted(set(rope) - set(names)):
         raise ConfigError(f"rope_scaling of type {kind} has the unknown key {unknown[0]!r}")
+    if kind == "yarn" and "factor" in rope and rope["factor"] is None and context:
+        rope["factor"] = context / (rope["original_max_position_embeddings"] or context)
+    for key in ("factor", "low_freq_factor", "high_freq_factor"):  # the others have defaults
+        if key in names and rope.get(key) is None:
+            raise ConfigError(f"rope_scaling of type {kind} lacks the key {key!r}")
     values = {names[key]: value for key, value in rope.items() if value is not None}
     for name, value in values.items():
         if isinstance(value, bool) or not isinstance(value, int | float):
@@ -304,7 +328,7 @@ class LayerWindows:
         window = keys.take("sliding_window", self.window, nullable=True)
         types = keys.take("layer_types")
         if self.kind in ("all", "switch"):
-            on = self.kind == "all" or bool(keys.take("use_sliding_window", False))
+            on = self.kind == "all" or read_flag(keys, "use_sliding_window", False)
             if self.kind == "switch":
                 keys.take("max_window_layers")  # files hold it, this family does not use it
             sliding = [on and window is not None] * layers
@@ -312,11 +336,11 @@ class LayerWindows:
                 raise ConfigError("layer_types differs from sliding_window, which this family uses")
         elif self.kind in ("upper", "even"):
             limit = keys.take("max_window_layers", 28)
-            used = bool(keys.take("use_sliding_window", False)) and window is not None
+            used = read_flag(keys, "use_sliding_window", False) and window is not None
             among = (lambda i: i >= limit) if self.kind == "upper" else (lambda i: i < limit)
             step = 1 if self.kind == "upper" else 2
             sliding = [used and among(i) and i % step == 0 for i in range(layers)]
-            if self.kind == "even" and types and not used and _NAMES[1] in types:
+            if types and not used and _NAMES[1] in types:
                 raise ConfigError("layer_types has sliding layers, but use_sliding_window is not")
         else:
             period = keys.take("_sliding_window_pattern", self.period)  # as version 5 writes it

@@ -73,7 +73,8 @@ class Groups:
 
     def read(self, keys: Reader) -> dict[str, Any]:
         method = keys.take("topk_method", self.default)
-        groups, kept = keys.take("n_group", self.groups), keys.take("topk_group", self.kept)
+        groups = keys.take("n_group", self.groups, nullable=True)
+        kept = keys.take("topk_group", self.kept, nullable=True)
         kind = dict(self.methods).get(method)
         if kind is None:
             known = " or ".join(repr(name) for name, _ in self.methods)

@@ -45,6 +45,11 @@ _PLAIN = {
     "modules_to_save": ([], None),
     "layers_to_transform": ([], None),
     "trainable_token_indices": ([], None),
+    "layer_replication": ([], None),
+    "alora_invocation_tokens": ([], None),  # on from these tokens only
+    "use_qalora": (False, None),
+    # The others (pissa, olora, corda, loftq) take something off the base's own weights.
+    "init_lora_weights": (True, False, None, "gaussian", "eva", "orthogonal"),
 }
 
 
@@ -87,7 +92,7 @@ def save_adapter(
         are fused), or a folder that is not empty.
       StorageError: the folder cannot be written.
     """
-    adapter, folder = config.adapter, Path(path)
+    adapter, folder = config.adapter, Path(os.path.realpath(path))
     check(adapter.kind == "lora", f"PEFT's format is for adapters of kind lora, not {adapter.kind}")
     modules = _modules(config, family)
     if lost := [target for target in adapter.targets if target not in modules]:

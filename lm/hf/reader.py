@@ -25,7 +25,7 @@ from lm import model
 from lm.config import DTYPES, ConfigError, ModelConfig, check
 from lm.hf.config import read_config
 from lm.hf.family import Family
-from lm.hf.tensors import Leaf, by_path, check_tensors, dtypes, leaves
+from lm.hf.tensors import Leaf, by_path, check_range, check_tensors, dtypes, leaves
 from lm.merging.store import open_store
 from lm.merging.store.files import FileStore, read_json
 from lm.merging.types import Store, TensorInfo
@@ -247,7 +247,10 @@ class _Reader:
         block = block.reshape(target.shape)
         step = max(1, _TILE // (width * values.itemsize)) if target.ndim == 2 else len(block)
         for row in range(0, len(block), step):
-            np.copyto(target[row : row + step], block[row : row + step], casting="unsafe")
+            with np.errstate(over="ignore"):
+                np.copyto(target[row : row + step], block[row : row + step], casting="unsafe")
+        if values.dtype != self.dtype:
+            check_range(name, target)
 
 
 def _empty(shape: list[int], dtype: np.dtype) -> np.ndarray:

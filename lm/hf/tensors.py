@@ -8,13 +8,14 @@ from collections.abc import Mapping
 from typing import NamedTuple
 
 import jax
+import numpy as np
 
 from lm import model
 from lm.config import ConfigError, ModelConfig
 from lm.hf.family import Family, Tensor
 from lm.merging.types import TensorInfo
 
-__all__ = ["Leaf", "by_path", "check_tensors", "dtypes", "leaves", "stored_shape"]
+__all__ = ["Leaf", "by_path", "check_range", "check_tensors", "dtypes", "leaves", "stored_shape"]
 
 _LISTED = 8
 
@@ -79,6 +80,14 @@ def dtypes(config: ModelConfig, dtype: str) -> dict[tuple[str, ...], str]:
     return {path: leaf.dtype.name for path, leaf in by_path(params).items()}
 
 
+def check_range(name: str, values: np.ndarray) -> None:
+    """ConfigError if what was cast to float16 went beyond its largest number, 65,504."""
+    if values.dtype == np.float16 and np.isinf(values).any():
+        raise ConfigError(
+            f"{name} has values that float16 cannot hold (above 65,504): take bfloat16 or float32"
+        )
+
+
 def stored_shape(leaf: Leaf) -> tuple[int, ...]:
     """Shape of each of the checkpoint's tensors that hold `leaf`."""
     shape = leaf.shape[len(leaf.stack) :]
@@ -114,10 +123,12 @@ def check_tensors(
         if not any(pattern.fullmatch(name) for pattern in buffers)
     )
     if family.more_layers:
-        number = re.compile(re.escape(family.prefix) + r"layers\.(\d+)\.")
-        count = 1 + max(max(leaf.layers, default=0) for leaf in wanted)
+        # Layers that predict further tokens have a projection of two inputs; others are of a
+        # deeper model than its configuration says.
+        number = re.compile(re.escape(family.prefix) + r"layers\.(\d+)\.(eh_proj\.weight$)?")
         found = {name: number.match(name) for name in extra}
-        extra = [name for name in extra if not (m := found[name]) or int(m[1]) < count]
+        predict = {m[1] for m in found.values() if m and m[2]}
+        extra = [name for name in extra if not (m := found[name]) or m[1] not in predict]
     head = next((t.name for t in family.tensors if t.param == "head/kernel"), None)
     tied = head if head in extra and head not in shapes else None
     if extra := [name for name in extra if name != tied]:

@@ -70,13 +70,16 @@ def token_ids(tokenizer: str | os.PathLike | None, vocab_size: int) -> dict[str,
         return unknown
     from lm.data import load_tokenizer
 
+    folder, known = _folder(tokenizer), {}
+    if str(tokenizer) != "byte" and (folder / "config.json").is_file():
+        content = read_json(folder / "config.json")
+        known = {key: content[key] for key in _IDS if content.get(key) is not None}
+        if not (folder / "tokenizer.json").is_file() and Path(tokenizer).expanduser().is_dir():
+            return unknown | known  # its tokenizer, of another format, goes along unread
     loaded = load_tokenizer(str(tokenizer))
     check_vocabulary(loaded, str(tokenizer), vocab_size)
-    beside = _folder(tokenizer) / "config.json"
-    if str(tokenizer) != "byte" and beside.is_file():
-        content = read_json(beside)
-        if known := {key: content[key] for key in _IDS if content.get(key) is not None}:
-            return unknown | known
+    if known:
+        return unknown | known
     return unknown | {"bos_token_id": loaded.bos_id, "eos_token_id": loaded.eos_id}
 
 

@@ -18,7 +18,7 @@ from lm import model
 from lm.config import DTYPES, ConfigError, ModelConfig, check
 from lm.files import atomic_write_json, explain_os_error, sync_folder
 from lm.hf.config import choose_family, write_config
-from lm.hf.tensors import Leaf, by_path, dtypes, leaves, stored_shape
+from lm.hf.tensors import Leaf, by_path, check_range, dtypes, leaves, stored_shape
 from lm.hf.tokenizer import copy_tokenizer, token_ids
 from lm.merging.store.writer import ShardFiles, make_layout
 from lm.merging.types import StorageError, TensorInfo
@@ -59,7 +59,7 @@ def save(
     """
     check(dtype is None or dtype in DTYPES, f"dtype must be {', '.join(DTYPES)}, got {dtype!r}")
     check(shard_size > 0, f"shard_size must be above 0, got {shard_size}")
-    folder = Path(path)
+    folder = Path(os.path.realpath(path))  # a link stays, what it names is written
     kind = choose_family(config, family)
     wanted = leaves(kind, config)
     arrays = by_path(params)
@@ -158,4 +158,8 @@ def _blocks(info: TensorInfo, parts: list[tuple[Leaf, np.ndarray]]) -> Iterator[
     for start in range(0, info.shape[0], step):
         rows = [view[start : start + step] for view in views]
         block = rows[0] if len(rows) == 1 else np.concatenate(rows, axis=-1)
-        yield start * width, np.ascontiguousarray(block.astype(info.dtype, copy=False)).reshape(-1)
+        if block.dtype != info.dtype:
+            with np.errstate(over="ignore"):
+                block = block.astype(info.dtype)
+            check_range(info.name, block)
+        yield start * width, np.ascontiguousarray(block).reshape(-1)

@@ -26,7 +26,7 @@ from lm.hf.config import read_config
         ("llama", {"mlp_bias": "no"}, "mlp_bias must be true or false"),
         ("llama", {"rope_parameters": {"rope_type": "longrope"}}, "rope_type 'longrope'"),
         ("llama", {"rope_parameters": {"rope_theta": "x"}}, "base of a rotary embedding"),
-        ("llama", {"rope_scaling": {"type": "linear", "factor": "2"}}, "factor must be a number"),
+        ("olmo2", {"rope_parameters": {"type": "linear", "factor": "2"}}, "factor must be a num"),
         ("llama", {"rope_parameters": {"rope_type": "yarn", "factor": 2.0, "odd": 1}}, "'odd'"),
         ("llama", {"partial_rotary_factor": 0.5}, "partial_rotary_factor is 0.5"),
         ("qwen2", {"layer_types": ["full_attention"]}, "layer_types must hold 2 names"),

@@ -118,6 +118,12 @@ def test_layers_that_predict_further_tokens_are_left_out(altered):
     with pytest.raises(ConfigError, match="not of this model: model.layers.3.eh_proj.weight"):
         lm.hf.load(edit(altered("deepseek_v2"), add))
 
+    def deeper(values):
+        values["model.layers.3.input_layernorm.weight"] = np.ones(32, np.float32)
+
+    with pytest.raises(ConfigError, match="not of this model: model.layers.3.input_layernorm"):
+        lm.hf.load(edit(altered("deepseek_v3"), deeper))
+
 
 def edit(folder, change):
     """Apply `change` to the dict of a one-file checkpoint's tensors."""
