@@ -184,3 +184,58 @@ def test_an_update_in_place_moves_what_it_writes():
 def test_text_that_is_no_program():
     with pytest.raises(ValueError, match="no ENTRY"):
         hlo.Program("nothing")
+
+
+OTHER_COMPILERS = """HloModule m
+
+%add (x: f32[], y: f32[]) -> f32[] {
+  %x = f32[] parameter(0)
+  %y = f32[] parameter(1)
+  ROOT %s = f32[] add(%x, %y)
+}
+
+%all-reduce-scatter.1 (p: f32[64,8]) -> f32[16,8] {
+  %p = f32[64,8]{1,0:T(8,128)} parameter(0)
+  %all-reduce.1 = f32[64,8]{1,0:T(8,128)} all-reduce(%p), replica_groups={{0,1,2,3}}, to_apply=%add
+  %zero = s32[] constant(0)
+  ROOT %slice = f32[16,8]{1,0:T(8,128)} dynamic-slice(%all-reduce.1, %zero, %zero), \
+dynamic_slice_sizes={16,8}
+}
+
+%body (t: (s32[], f32[16,8])) -> (s32[], f32[16,8]) {
+  %t = (s32[], f32[16,8]{1,0}) parameter(0)
+  %i = s32[] get-tuple-element(%t), index=0
+  %v = f32[16,8]{1,0} get-tuple-element(%t), index=1
+  %one = s32[] constant(1)
+  %next = s32[] add(%i, %one)
+  %all-gather-start = ((f32[16,8]{1,0}), f32[64,8]{1,0}) all-gather-start(%v), \
+replica_groups=[1,4]<=[4], dimensions={0}
+  %all-gather-done = f32[64,8]{1,0} all-gather-done(%all-gather-start)
+  %r = f32[16,8]{1,0} fusion(%all-gather-done), kind=kCustom, calls=%all-reduce-scatter.1
+  ROOT %out = (s32[], f32[16,8]{1,0}) tuple(%next, %r)
+}
+
+%condition (t: (s32[], f32[16,8])) -> pred[] {
+  %t = (s32[], f32[16,8]{1,0}) parameter(0)
+  %i = s32[] get-tuple-element(%t), index=0
+  %n = s32[] constant(9)
+  ROOT %less = pred[] compare(%i, %n), direction=LT
+}
+
+ENTRY %main (a: f32[16,8]) -> (s32[], f32[16,8]) {
+  %a = f32[16,8]{1,0} parameter(0)
+  %first = s32[] constant(2)
+  %start = (s32[], f32[16,8]{1,0}) tuple(%first, %a)
+  ROOT %loop = (s32[], f32[16,8]{1,0}) while(%start), condition=%condition, body=%body
+}
+"""
+
+
+def test_the_ways_of_tpus_and_gpus():
+    """A loop peeled to 2 .. 8, an asynchronous all-gather, a fused reduce-scatter."""
+    found = by_kind(OTHER_COMPILERS)
+    assert set(found) == {"all-gather", "reduce-scatter"}
+    for each in found.values():
+        assert each.count == 9 - 2
+        assert each.bytes == 64 * 8 * 4
+    assert [shape.dims for shape in found["all-gather"].shapes] == [(64, 8)]

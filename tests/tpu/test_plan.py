@@ -6,6 +6,9 @@ import importlib.util
 import io
 import json
 import math
+import subprocess
+import sys
+from pathlib import Path
 
 import jax
 import pytest
@@ -231,3 +234,19 @@ def test_the_roofline_of_a_gpu_from_the_cpu_compiler(planned, monkeypatch):
     assert found["mfu"] == pytest.approx(ideal)
     assert "XLA:CPU" in found["assumptions"]["compiler"]
     assert found["fits"] is True and math.isclose(found["bytes_limit"], 141e9 * 0.92)
+
+
+@pytest.mark.skipif(not importlib.util.find_spec("libtpu"), reason="needs libtpu: aniso[tpu]")
+def test_a_tpu_that_is_not_there():
+    script = Path(plan.__file__)
+    words = ["tiny", *"--model.unroll 1 --model.num-layers 2 --mesh.fsdp 4".split()]
+    command = [sys.executable, str(script), *words, "--topology", "v5p:2x2x1", "--json"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=280)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert found["compiler"] == "tpu" and found["fits"] is True
+    assert found["bytes_limit"] == 95 * 2**30
+    assert 1 <= found["flops_overhead"] < 1.15
+    assert found["step_seconds"] > found["compute_seconds"] > 0
+    assert {row["axes"] for row in found["collectives"]} == {"fsdp"}
+    assert found["unknown_loops"] == [] and found["optimizer_gathers"] == []
