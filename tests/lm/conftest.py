@@ -1,6 +1,7 @@
 """A small text, a tiny run on it, and how to read back what a run left."""
 
 import dataclasses
+import gc
 import json
 import os
 import sys
@@ -26,6 +27,12 @@ MEASURED = {"tokens_per_second", "step_seconds", "data_wait_seconds", "memory_by
 MEASURED |= {"time", "goodput", "seconds"}
 
 
+def pytest_collection_finish():
+    """What is imported by now stays; tracing makes garbage faster than it is worth looking for."""
+    gc.freeze()
+    gc.set_threshold(50_000, 20, 20)
+
+
 @pytest.fixture(scope="session")
 def corpus(tmp_path_factory) -> Path:
     """A folder of 40 text files, 60 kB together."""
@@ -40,10 +47,14 @@ def corpus(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def environment(tmp_path_factory) -> dict[str, str]:
-    """Of a process that trains: one CPU device, caches of this test session."""
+    """Of a process that trains: the caches of this test session.
+
+    As many devices as here, for they are part of the name of a compiled program in the cache.
+    """
     cache = tmp_path_factory.mktemp("cache")
     return os.environ | {
         "ANISO_CACHE": str(cache),
+        "JAX_NUM_CPU_DEVICES": str(jax.config.jax_num_cpu_devices),
         "JAX_COMPILATION_CACHE_DIR": str(cache / "xla"),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         "JAX_PLATFORMS": "cpu",
@@ -51,9 +62,9 @@ def environment(tmp_path_factory) -> dict[str, str]:
     }
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="session", autouse=True)
 def compiled_once(environment):
-    """This process shares the compilation cache of its children."""
+    """This process shares the compilation cache of its children, and none with earlier sessions."""
     from jax.experimental.compilation_cache import compilation_cache
 
     before = {

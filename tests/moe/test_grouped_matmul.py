@@ -139,7 +139,7 @@ def executed_flops(function, *shapes):
         with jax.ensure_compile_time_eval():  # sizes and offsets are known, operands are not
             return function(*args)
 
-    return jax.jit(traced).lower(*shapes).compile().cost_analysis()["flops"]
+    return jax.jit(traced).lower(*shapes).cost_analysis()["flops"]  # compiling adds none
 
 
 @pytest.mark.parametrize("experts", [8, 64])
@@ -150,7 +150,7 @@ def test_flops_are_ideal_up_to_padding(experts, rng, monkeypatch):
     lhs, grad = (jax.ShapeDtypeStruct((rows, width), jnp.float32) for width in (k, n))
     rhs = jax.ShapeDtypeStruct((experts, k, n), jnp.float32)
     ideal = 2 * rows * k * n
-    looped = jax.jit(_tiled.matmul).lower(lhs, rhs, sizes).compile().cost_analysis()["flops"]
+    looped = jax.jit(_tiled.matmul).lower(lhs, rhs, sizes).cost_analysis()["flops"]
     assert looped < ideal  # the reason for unrolling
     spied_loops(monkeypatch)
     programs = {

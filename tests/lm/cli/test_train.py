@@ -4,6 +4,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 import tomllib
 from pathlib import Path
 
@@ -32,12 +33,14 @@ def command(capsys):
 
 
 @pytest.mark.slow
-def test_from_text_to_summary_and_back(corpus, environment, tiny_run, tmp_path, rows_of, state_of):
-    """The script as a user runs it: train, SIGTERM, resume; and again without the signal."""
-    outs = tmp_path / "whole", tmp_path / "stopped"
-    process, codes, texts = None, [], []
-    for out in (outs[0], outs[1], outs[1]):
-        words = [*run_flags(tiny_run(out, log__progress=True, sample_prompt="the ")), "--resume"]
+def test_from_text_to_summary_and_back(
+    finished, environment, tiny_run, tmp_path, rows_of, state_of
+):
+    """The script as a user runs it: train, SIGTERM, resume; it ends as if never interrupted."""
+    out, codes, texts = tmp_path / "run", [], []
+    changes = {"data__cache": str(tmp_path / "cache"), "log__progress": True}
+    words = [*run_flags(tiny_run(out, sample_prompt="the ", **changes)), "--resume"]
+    for stopped in (True, False):
         process = subprocess.Popen(
             [sys.executable, str(ROOT / "scripts" / "train.py"), *words],
             env=environment,
@@ -45,26 +48,26 @@ def test_from_text_to_summary_and_back(corpus, environment, tiny_run, tmp_path, 
             stderr=subprocess.PIPE,
             text=True,
         )
-        if codes == [0]:
-            while not (out / "metrics.jsonl").exists() and process.poll() is None:
-                pass
-            while not (out / "metrics.jsonl").read_bytes() and process.poll() is None:
-                pass
+        if stopped:
+            metrics = out / "metrics.jsonl"
+            while process.poll() is None and not (metrics.exists() and metrics.read_bytes()):
+                time.sleep(0.005)
             process.send_signal(signal.SIGTERM)
         texts.append(process.communicate(timeout=120))
         codes.append(process.returncode)
-    assert codes == [exit_codes.OK, exit_codes.PREEMPTED, exit_codes.OK], texts
+    assert codes == [exit_codes.PREEMPTED, exit_codes.OK], texts
+    assert "tokenizing " in texts[0][1] and "stopped by SIGTERM after step" in texts[0][1]
     # Nothing but progress on stderr, and the sample and the summary on stdout.
-    lines = [part for part in texts[0][1].replace("\r", "\n").splitlines() if part.strip()]
-    strange = [p for p in lines if not p.strip().startswith(("step ", "tokenizing "))]
-    assert not strange
-    assert texts[0][0].startswith("the ")
+    for errors, told in ((texts[0][1], "stopped by "), (texts[1][1], "step ")):
+        lines = [part.strip() for part in errors.replace("\r", "\n").splitlines() if part.strip()]
+        strange = [p for p in lines if not p.startswith(("step ", "tokenizing ")) and told not in p]
+        assert lines and not strange
+    assert texts[0][0] == "" and texts[1][0].startswith("the ")
     for name in ("config.json", "metrics.jsonl", "summary.json", "loss.png", "sample.txt"):
-        assert str(outs[0] / name) in texts[0][0]
-    assert texts[0][0].rstrip().endswith("--resume")  # the last line: how to go on
-    assert "stopped by SIGTERM after step" in texts[1][1]
-    assert rows_of(outs[0]) == rows_of(outs[1])
-    assert state_of(outs[0]) == state_of(outs[1])
+        assert str(out / name) in texts[1][0]
+    assert texts[1][0].rstrip().endswith("--resume")  # the last line: how to go on
+    assert rows_of(out) == rows_of(finished)
+    assert state_of(out) == state_of(finished)
 
 
 def test_refused_in_one_line(command, tiny_run, tmp_path):

@@ -14,6 +14,8 @@ from lm.config import ConfigError, ModelConfig
 from lm.train.load import load_run
 from lm.train.loop import train
 
+apply = jax.jit(lm.apply, static_argnums=0)
+
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
@@ -86,9 +88,10 @@ def test_generate_and_evaluate_take_the_folder(folder, text, capsys):
     shown = capsys.readouterr().out
     config, params = lm.hf.load(folder)
     tokens = list(b"green")  # this tokenizer puts nothing in front
-    for _ in range(8):
-        logits = lm.apply(config, params, np.array([tokens], np.int32))
-        tokens.append(int(np.argmax(logits[0, -1])))
+    for end in range(len(tokens), len(tokens) + 8):
+        # What follows is not seen, and one length is one program.
+        padded = np.array([tokens + [0] * (16 - end)], np.int32)
+        tokens.append(int(np.argmax(apply(config, params, padded)[0, end - 1])))
     ids = [token for token in tokens if token < 256]
     assert shown.rstrip("\n") == bytes(ids).decode("utf-8", "replace").rstrip("\n")
 
@@ -128,7 +131,7 @@ def test_training_starts_from_the_folder_and_its_result_goes_back(folder, text, 
 def evaluate_loss(folder, text):
     run = load_run(folder)
     tokens = run.tokenizer.encode(text.read_text())[:96][None]
-    logp = np.asarray(jax.nn.log_softmax(lm.apply(run.config.model, run.params, tokens)))
+    logp = np.asarray(jax.nn.log_softmax(apply(run.config.model, run.params, tokens)))
     return -np.take_along_axis(logp[0, :-1], tokens[0, 1:, None], -1).mean()
 
 

@@ -1,6 +1,7 @@
 """Logits, likelihoods and greedy text against what transformers computes (make_fixtures.py)."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -9,6 +10,7 @@ import pytest
 
 import lm
 import lm.hf
+from lm import model
 from lm.generate import Sampling, generate
 
 WIDTH = 44
@@ -63,21 +65,26 @@ def wanted(expected) -> tuple[np.ndarray, np.ndarray]:
     return logits, known
 
 
+@functools.partial(jax.jit, static_argnums=0)
+def run(config, params, tokens, **inputs):
+    """`lm.apply`, and what the layers report on the way."""
+    x, auxiliary = lm.hidden(config, params, tokens, **inputs)
+    return model.logits(config, params, x), auxiliary
+
+
 def test_logits_likelihoods_and_greedy_text_are_those_of_transformers(checkpoint, expected):
     config, params = loaded(checkpoint)
     assert (config.dtype, config.param_dtype) == ("float32", "float32")
     inputs = batch(expected)
     tokens = inputs.pop("tokens")
-    run = jax.jit(lm.apply, static_argnums=0)
-    got = np.asarray(run(config, params, tokens, **inputs))
+    got = np.asarray(run(config, params, tokens, **inputs)[0])
     logits, known = wanted(expected)
     difference = np.abs(got - logits)[known]
     assert difference.max() < 1e-4
     assert difference.mean() < 1e-5 * np.abs(logits[known]).mean()
 
-    if config.mlp == "moe":  # every expert of every layer had its part in that
-        hidden = jax.jit(lm.hidden, static_argnums=0)
-        _, auxiliary = hidden(config, params, expected["tokens"])
+    if config.mlp == "moe":  # every expert of every layer has its part in these tokens
+        _, auxiliary = run(config, params, np.resize(expected["tokens"], tokens.shape), **inputs)
         assert np.asarray(auxiliary["experts/load"]).min() > 0
 
     prompt = expected["prompt"].tolist()
@@ -91,7 +98,7 @@ def test_logits_likelihoods_and_greedy_text_are_those_of_transformers(checkpoint
     kinds = dtypes(params)
     assert kinds.pop("layers/mlp/router/bias", "float32") == "float32"  # as transformers keeps it
     assert set(kinds.values()) == {"bfloat16"}
-    reduced = np.asarray(run(config, params, tokens, **inputs))
+    reduced = np.asarray(run(config, params, tokens, **inputs)[0])
     ours, exact = (likelihoods(x[:2, :40], expected["tokens"]) for x in (reduced, logits))
     theirs = expected["likelihoods"]
     assert np.abs(ours.mean() - theirs.mean()) < 2e-2

@@ -95,8 +95,9 @@ def test_the_family_is_chosen_by_what_the_model_needs(fields, family, getkey, tm
     assert json.loads((tmp_path / "out/config.json").read_text())["model_type"] == family
     back, loaded = lm.hf.load(tmp_path / "out")
     tokens = jnp.arange(24, dtype=jnp.int32)[None]
-    ours = np.asarray(lm.apply(config, params, tokens))
-    np.testing.assert_array_equal(np.asarray(lm.apply(back, loaded, tokens)), ours)
+    apply = jax.jit(lm.apply, static_argnums=0)  # one program if nothing was lost
+    ours = np.asarray(apply(config, params, tokens))
+    np.testing.assert_array_equal(np.asarray(apply(back, loaded, tokens)), ours)
 
 
 def test_a_model_that_no_family_holds_names_what_is_in_the_way(getkey, tmp_path):

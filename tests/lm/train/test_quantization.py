@@ -28,6 +28,8 @@ MODEL = ModelConfig(
     dtype="float32",
 )
 ROWS, LENGTH = 4, 16
+BUT_ONE = ("*attention*", "*gate", "*down", "head")
+"""Leaves one product to be quantized, `layers.mlp.up`: each takes seconds to compile."""
 
 
 def make_config(recipe="nvfp4", *, model=MODEL, log=None, **changes):
@@ -89,9 +91,7 @@ def distance(a, b):
 )
 def test_resumption_is_exact(recipe, changes, tiny_run, tmp_path, rows_of, state_of):
     changes |= {"quant__recipe": recipe, "log__quant": 3, "eval__every": 4, "steps": 8}
-    # One product: the measurements of a site take seconds to compile.
-    high = ("*attention*", "*gate", "*down", "head")
-    changes |= {"model__num_layers": 1, "quant__high": high}
+    changes |= {"model__num_layers": 1, "quant__high": BUT_ONE}
     whole, resumed = tmp_path / "whole", tmp_path / "resumed"
     train(tiny_run(whole, **changes))
     shutil.copytree(whole, resumed)
@@ -131,12 +131,12 @@ def test_steps_layers_and_sites_have_their_own_numbers():
 def test_kept_layers():
     """First and last stay in high precision; the middle one alone is quantized."""
     params = params_of(make_config())
-    numbers = lambda **c: gradients(make_config("nvfp4", **c), params)(0)  # noqa: E731
+    numbers = lambda **c: gradients(make_config("nvfp4", high=BUT_ONE, **c), params)(0)  # noqa: E731
 
     kept_all, plain = numbers(keep_first=3), gradients(make_config("none"), params)(0)
     assert distance(kept_all, plain) < 1e-5
     middle, whole = numbers(keep_first=1, keep_last=1.0), numbers()
-    assert 0.01 < distance(middle, plain) < distance(whole, plain)
+    assert 1e-3 < distance(middle, plain) < distance(whole, plain)
     # Scanned, the index of a block is only known at run time; unrolled, and recomputed, it is not.
     model = dataclasses.replace(MODEL, unroll=4, remat="full")
     assert distance(numbers(keep_first=1, keep_last=1.0, model=model), middle) < 1e-4
@@ -161,10 +161,10 @@ def test_layers_that_stay_by_name():
 
 def test_bases_move_through_micro_batches():
     model = dataclasses.replace(MODEL, d_model=64, d_ff=64, num_layers=2)
-    config = make_config("metis_paper", model=model, refresh=2, micro_batches=2)
+    config = make_config("metis_paper", model=model, refresh=2, micro_batches=2, high=BUT_ONE)
     config = dataclasses.replace(config, batch_size=8)
     tx, schedule = make_optimizer(config.optim, config.steps)
-    state = jax.jit(lambda: init_state(config, tx))()
+    state = init_state(config, tx)
     assert state.quant and not any(leaf.any() for leaf in jax.tree.leaves(state.quant))
     step = jax.jit(make_train_step(config, tx, schedule, make_quantization(config)))
     batch = jax.tree.map(lambda a, b: np.concatenate([a, b]), make_batch(0), make_batch(1))
@@ -186,7 +186,7 @@ def test_evaluation_is_quantized_unless_told_otherwise():
     assert Quantization(make_config(evaluate="high")).for_evaluation() is None
     params = params_of(make_config())
     loss = lambda plug: float(loss_sum(make_config(), params, make_batch(), plug)[0])  # noqa: E731
-    plug = Quantization(make_config()).for_evaluation()
+    plug = Quantization(make_config(high=BUT_ONE)).for_evaluation()
     assert loss(plug) == loss(plug) != loss(None)
 
 

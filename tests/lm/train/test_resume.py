@@ -68,7 +68,6 @@ for plan in [*plans, None]:
 PLANS = {
     "adamw": [
         ["seconds", 0.3],
-        ["row", 2],
         ["arrays", 4],
         ["sealed", 4],
         ["saved", 4],

@@ -1,4 +1,5 @@
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -62,11 +63,16 @@ def plain_loss(params, batch, plug=None):
     return jnp.sum(nll * batch["weights"]) / batch["weights"].sum()
 
 
+SGD = optax.sgd(1.0)
+gradient = jax.jit(jax.value_and_grad(plain_loss))
+
+
+@functools.cache
 def start(config, plug=None, tx=None):
-    """State, and a step that is jitted without donation."""
+    """State, and a step that is jitted without donation; tests of one configuration share it."""
     default, schedule = make_optimizer(config.optim, config.steps)
     tx = tx or default
-    state = jax.jit(lambda: init_state(config, tx))()
+    state = init_state(config, tx)
     return state, jax.jit(make_train_step(config, tx, schedule, plug))
 
 
@@ -78,9 +84,9 @@ def assert_close(a, b, **tolerance):
 def test_gradient_is_that_of_the_mean_over_all_target_tokens(micro_batches):
     """With uneven weights, some micro-batches hold no target at all."""
     config = make_config(micro_batches=micro_batches)
-    state, step = start(config, tx=optax.sgd(1.0))
+    state, step = start(config, tx=SGD)
     batch = make_batch(0, "uneven")
-    loss, grads = jax.jit(jax.value_and_grad(plain_loss))(state.params, batch)
+    loss, grads = gradient(state.params, batch)
     new, metrics = step(state, batch)
     got = jax.tree.map(lambda old, new: old - new, state.params, new.params)
     assert_close(got, grads, rtol=1e-4, atol=1e-6)
@@ -194,7 +200,7 @@ def test_what_expert_layers_report_joins_loss_and_metrics(monkeypatch, micro_bat
         MODEL, mlp="test_expert", num_layers=3, attention_pattern=pattern, remat="full"
     )
     config = make_config(model=model, micro_batches=micro_batches)
-    state, step = start(config, tx=optax.sgd(1.0))
+    state, step = start(config, tx=SGD)
     new, metrics = step(state, make_batch(0))
     weight = lambda state: state.params["layers"]["mlp"]["weight"]  # noqa: E731
     assert weight(state).shape == (3, 4)
@@ -221,7 +227,7 @@ def train(config, sizes, steps=10):
     tx, schedule = make_optimizer(config.optim, config.steps)
     layout = state_shardings(config, tx, mesh)
     with jax.set_mesh(mesh):
-        state = jax.jit(lambda: init_state(config, tx), out_shardings=layout)()
+        state = jax.device_put(init_state(config, tx), layout)
         step = jax.jit(
             make_train_step(config, tx, schedule),
             donate_argnums=0,
@@ -237,11 +243,10 @@ def train(config, sizes, steps=10):
     return state, losses
 
 
-@pytest.mark.parametrize("name,micro_batches", [("adamw", 2), ("spectra", 1)])
-def test_eight_devices_train_like_one(name, micro_batches):
+def test_eight_devices_train_like_one():
+    """Spectra takes the matrices and AdamW the rest."""
     config = make_config(
-        optim=OptimConfig(name=name, learning_rate=5e-3, warmup_steps=2),
-        micro_batches=micro_batches,
+        optim=OptimConfig(name="spectra", learning_rate=5e-3, warmup_steps=2), micro_batches=2
     )
     one, expected = train(config, {"data": 1})
     many, losses = train(config, {"data": 2, "fsdp": 2, "tensor": 2})
