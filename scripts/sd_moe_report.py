@@ -228,9 +228,9 @@ What this size shows:
   residual stream (inputs of gate and up, outputs of down), and at chance level on the side of the
   hidden units, which have no order in common. The double complement removes common directions on
   both sides; on the second there is nothing to remove, and what it takes away is just capacity.
-- **The variants agree**: with 2 directions taken away it ties with plain experts, with 8 and 16 it
-  is behind. Projecting the update alone does better than gradient and update, and moving what a
-  refresh displaces (our default) better than dropping or keeping it.
+- **The variants agree**: with 2 directions taken away it ties with plain experts, with 8 it is
+  behind. Projecting the update alone costs half of projecting gradient and update, and keeping what
+  a refresh displaces costs most; the rest is within errors.
 
 ![Held-out loss and expert similarity by step](sd_moe.png)
 """
