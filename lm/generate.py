@@ -1,7 +1,7 @@
 """Text from a model: prefill in chunks, then one token at a time from a key/value cache.
 
-Prompts are padded on the left to a power of two and the cache to a multiple of 64, so prompts of
-many lengths share a few compiled programs.
+Prompts are padded on the left to a sum of a few powers of two, and the cache has room for the next
+power of two and the new tokens, so prompts of many lengths share a few compiled programs.
 """
 
 import dataclasses
@@ -20,7 +20,9 @@ from lm.layers.self_attention import Cache
 from lm.layers.stack import unstack
 
 PREFILL_CHUNK = 512
-"""Prompt tokens per prefill call: bounds the chunk x cache scores that it holds."""
+"""Most prompt tokens per prefill call: bounds the chunk x cache scores that it holds."""
+PREFILL_STEP = 64
+"""Longer prompts are padded to a multiple of this and taken in pieces of it times powers of two."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -106,6 +108,21 @@ def _bucket(length: int) -> int:
     return max(16, 1 << (length - 1).bit_length())
 
 
+def _pieces(longest: int) -> list[int]:
+    """Lengths of the prefill calls for a prompt.
+
+    >>> _pieces(20), _pieces(200), _pieces(700)
+    ([32], [256], [512, 128, 64])
+    """
+    if longest <= PREFILL_STEP:
+        return [_bucket(longest)]
+    left, pieces = -(-longest // PREFILL_STEP) * PREFILL_STEP, []
+    while left:
+        pieces.append(min(PREFILL_CHUNK, 1 << (left.bit_length() - 1)))
+        left -= pieces[-1]
+    return pieces
+
+
 def generate(
     config: ModelConfig,
     params: model.Params,
@@ -149,7 +166,8 @@ def generate(
 
 
 def _generate(config, params, prompts, longest, max_tokens, sampling, seed, stop_id):
-    width = _bucket(longest)
+    pieces = _pieces(longest)
+    width = sum(pieces)
     # XLA:CPU has no fast product of one 16-bit row with a matrix: another row is faster than none.
     single = len(prompts) == 1 and jax.default_backend() == "cpu" and config.dtype != "float32"
     tokens = np.zeros((len(prompts) + single, width), np.int32)
@@ -158,12 +176,14 @@ def _generate(config, params, prompts, longest, max_tokens, sampling, seed, stop
     padding = [width - len(prompt) for prompt in prompts]
     padding = jnp.asarray(padding + padding * single, jnp.int32)
     params = prepare(config, params)
-    cache: Cache = model.init_cache(config, len(tokens), -(-(width + max_tokens) // 64) * 64)
+    slots = -(-(_bucket(longest) + max_tokens) // 64) * 64
+    cache: Cache = model.init_cache(config, len(tokens), slots)
     cache = unstack(cache) if isinstance(params, Prepared) else cache
-    chunk = min(width, PREFILL_CHUNK)
-    for start in range(0, width, chunk):
-        piece = jnp.asarray(tokens[:, start : start + chunk])
+    start = 0
+    for length in pieces:
+        piece = jnp.asarray(tokens[:, start : start + length])
         logits, cache = _prefill(config, params, piece, cache, jnp.int32(start), padding)
+        start += length
     key = jax.random.key(seed)
     alive = np.ones(len(prompts), bool)
     drawn = None

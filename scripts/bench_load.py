@@ -23,14 +23,14 @@ from pathlib import Path
 from lm.files import atomic_write_text
 
 CHILD = """
-import concurrent.futures, json, resource, sys, time
+import concurrent.futures, json, re, sys, time
 from pathlib import Path
 what, folder = sys.argv[1:]
 files = sorted(Path(folder).glob("*.safetensors"))
 import jax, numpy as np
 from lm import hf
 jax.block_until_ready(jax.numpy.zeros(1))
-peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+peak = lambda: int(re.search(r"VmHWM:\\s+(\\d+)", Path("/proc/self/status").read_text())[1]) * 1024
 before, began = peak(), time.perf_counter()
 if what == "read":
     def read(job):

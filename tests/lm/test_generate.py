@@ -77,7 +77,8 @@ def test_cached_logits_equal_uncached_ones_with_chunks_and_padding(rng, name):
 
 
 def test_greedy_is_the_argmax_of_apply_for_prompts_of_many_lengths(rng, params, monkeypatch):
-    monkeypatch.setattr(module, "PREFILL_CHUNK", 8)  # the longest prompt takes four chunks
+    monkeypatch.setattr(module, "PREFILL_CHUNK", 8)  # the longest prompt takes three pieces
+    monkeypatch.setattr(module, "PREFILL_STEP", 8)
     prompts = [rng.integers(0, 48, n).tolist() for n in (19, 1, 7)]
     drawn = collect(CONFIG, params, prompts, max_tokens=6, sampling=GREEDY)
     assert drawn.shape == (3, 6) and drawn.dtype == np.int32
