@@ -131,7 +131,8 @@ def main():
     head = [
         "# Speed of generation",
         "",
-        "    python scripts/bench_generate.py --peer PYTHON",
+        "    python scripts/bench_generate.py --peer PYTHON"
+        f" --new {arguments.new} --rounds {arguments.rounds}",
         "",
         f"JAX {jax.__version__}, {jax.default_backend()}, {os.cpu_count()} cores; torch"
         f" {versions['torch']}, transformers {versions['transformers']}; {datetime.date.today()}."

@@ -117,7 +117,7 @@ def main():
         head = [
             "# Speed of loading",
             "",
-            "    python scripts/bench_load.py",
+            f"    python scripts/bench_load.py --rounds {arguments.rounds}",
             "",
             f"{os.cpu_count()} cores, files in the page cache, {datetime.date.today()}; medians of"
             f" {arguments.rounds} (quartiles).",
