@@ -227,7 +227,8 @@ def main() -> None:
     ]
     print("\n".join(lines))
     if args.out:
-        head = f"# Speed of quantized layers\n\n    python scripts/bench_quant.py --shape {text} --rounds {args.rounds}\n\n"
+        command = f"python scripts/bench_quant.py --shape {text} --rounds {args.rounds}"
+        head = f"# Speed of quantized layers\n\n    {command}\n\n"
         atomic_write_text(args.out, head + "\n".join(lines) + "\n")
 
 
