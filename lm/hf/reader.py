@@ -34,8 +34,6 @@ __all__ = ["is_hf", "load", "load_config", "load_params"]
 
 _BLOCK = 1 << 20
 """Bytes read at a time."""
-_TILE = 1 << 16
-"""Bytes transposed at a time: small enough for a processor's nearest caches."""
 _HUGE = 2 << 20
 """Bytes of a huge page on common processors."""
 _local = threading.local()
@@ -245,12 +243,29 @@ class _Reader:
         values = self.store.read(name, start * width, stop * width, _local.buffer)
         block = values.reshape(stop - start, width)[:, columns.start : columns.stop]
         block = block.reshape(target.shape)
-        step = max(1, _TILE // (width * values.itemsize)) if target.ndim == 2 else len(block)
-        for row in range(0, len(block), step):
-            with np.errstate(over="ignore"):
-                np.copyto(target[row : row + step], block[row : row + step], casting="unsafe")
+        if self.leaf.tensor.transpose:
+            block, target = _transposed(block), target.T
+        if values.dtype == self.dtype:
+            # NumPy holds Python's lock while it copies bfloat16, which is no type of its own.
+            bits = np.dtype(f"u{self.dtype.itemsize}")
+            block, target = block.view(bits), target.view(bits)
+        with np.errstate(over="ignore"):
+            np.copyto(target, block, casting="unsafe")
         if values.dtype != self.dtype:
             check_range(name, target)
+
+
+def _transposed(block: np.ndarray) -> np.ndarray:
+    """The transpose [C, R] of a block [R, C], its rows contiguous.
+
+    XLA's CPU client takes any strides and copies such arrays by SIMD transposes: 0.14 ms for 1 MB
+    of bfloat16, where NumPy, element by element, needs 0.63.
+    """
+    try:
+        (cpu, *_) = jax.local_devices(backend="cpu")
+    except RuntimeError:  # JAX_PLATFORMS leaves it out
+        return block.T
+    return np.asarray(jax.device_put(block.T, cpu))
 
 
 def _empty(shape: list[int], dtype: np.dtype) -> np.ndarray:
@@ -258,7 +273,7 @@ def _empty(shape: list[int], dtype: np.dtype) -> np.ndarray:
     the system has them: a transpose writes to many places in turn."""
     count = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
     if count >= _HUGE and hasattr(mmap, "MADV_HUGEPAGE"):
-        pages = mmap.mmap(-1, count + _HUGE)
+        pages = mmap.mmap(-1, count + _HUGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         with contextlib.suppress(OSError):
             pages.madvise(mmap.MADV_HUGEPAGE)
         return np.frombuffer(pages, np.uint8, count).view(dtype).reshape(shape)
