@@ -1,7 +1,7 @@
 """Text from a model: prefill in chunks, then one token at a time from a key/value cache.
 
-Prompts are padded on the left to a sum of a few powers of two, and the cache has room for the next
-power of two and the new tokens, so prompts of many lengths share a few compiled programs.
+Prompts are padded on the left to a sum of a few powers of two, and the cache has room for a power
+of two of tokens or three quarters of it, so prompts of many lengths share a few compiled programs.
 """
 
 import dataclasses
@@ -60,10 +60,10 @@ def sample(key: Array, logits: Float[Array, "B V"], sampling: Sampling) -> Int[A
     return jax.random.categorical(key, logits, axis=-1).astype(jnp.int32)
 
 
-@functools.partial(jax.jit, static_argnames=("config",), donate_argnames=("cache",))
-def _prefill(config, params, tokens, cache, index, padding):
+@functools.partial(jax.jit, static_argnames=("config", "reach"), donate_argnames=("cache",))
+def _prefill(config, reach, params, tokens, cache, index, padding):
     logits, cache = model.decode(
-        config, params, tokens, cache, index, padding=padding, last_only=True
+        config, params, tokens, cache, index, padding=padding, last_only=True, reach=reach
     )
     return logits[:, -1], cache
 
@@ -106,6 +106,16 @@ class Prepared(dict):
 
 def _bucket(length: int) -> int:
     return max(16, 1 << (length - 1).bit_length())
+
+
+def _slots(length: int) -> int:
+    """Of a cache: the next of 16, 32, 48, 64, 96, 128, 192, ... Each step looks at all of them.
+
+    >>> _slots(52), _slots(96), _slots(736)
+    (64, 96, 768)
+    """
+    whole = _bucket(length)
+    return whole * 3 // 4 if whole > 32 and length <= whole * 3 // 4 else whole
 
 
 def _pieces(longest: int) -> list[int]:
@@ -168,21 +178,19 @@ def generate(
 def _generate(config, params, prompts, longest, max_tokens, sampling, seed, stop_id):
     pieces = _pieces(longest)
     width = sum(pieces)
-    # XLA:CPU has no fast product of one 16-bit row with a matrix: another row is faster than none.
-    single = len(prompts) == 1 and jax.default_backend() == "cpu" and config.dtype != "float32"
-    tokens = np.zeros((len(prompts) + single, width), np.int32)
+    tokens = np.zeros((len(prompts), width), np.int32)
     for row, prompt in enumerate(prompts):
         tokens[row, width - len(prompt) :] = prompt
-    padding = [width - len(prompt) for prompt in prompts]
-    padding = jnp.asarray(padding + padding * single, jnp.int32)
+    padding = jnp.asarray([width - len(prompt) for prompt in prompts], jnp.int32)
     params = prepare(config, params)
-    slots = -(-(_bucket(longest) + max_tokens) // 64) * 64
+    slots = _slots(width + max_tokens)
     cache: Cache = model.init_cache(config, len(tokens), slots)
     cache = unstack(cache) if isinstance(params, Prepared) else cache
     start = 0
     for length in pieces:
         piece = jnp.asarray(tokens[:, start : start + length])
-        logits, cache = _prefill(config, params, piece, cache, jnp.int32(start), padding)
+        reach = min(slots, _bucket(start + length))
+        logits, cache = _prefill(config, reach, params, piece, cache, jnp.int32(start), padding)
         start += length
     key = jax.random.key(seed)
     alive = np.ones(len(prompts), bool)
@@ -195,7 +203,7 @@ def _generate(config, params, prompts, longest, max_tokens, sampling, seed, stop
                 config, sampling, params, logits, cache, jnp.int32(width + i), padding, key
             )
         if previous is not None:
-            row = np.asarray(previous)[: len(prompts)]
+            row = np.asarray(previous)
             if stop_id is not None:
                 alive &= row != stop_id
             if not alive.any():

@@ -24,10 +24,10 @@ def params():
     return sharpened(CONFIG)
 
 
-def sharpened(config):
+def sharpened(config, factor=3):
     """Parameters whose logits are far enough apart that rounding does not decide."""
     params = jax.jit(lm.init, static_argnums=0)(config, jax.random.key(0))
-    return jax.tree.map(lambda p: np.asarray(p) * 3, params)
+    return jax.tree.map(lambda p: np.asarray(p) * factor, params)
 
 
 def collect(config, params, prompts, **arguments):
@@ -49,7 +49,9 @@ FORMS = {
 @pytest.mark.parametrize("name", FORMS)
 def test_cached_logits_equal_uncached_ones_with_chunks_and_padding(rng, name):
     config = ModelConfig(**SIZES | FORMS[name])
-    params = sharpened(config)
+    # Times 3 would be too sharp to compare: half a unit in the last place of the weights of "yarn"
+    # then moves its logits by up to 6e-4.
+    params = sharpened(config, 2)
     lengths, width = [20, 13], 20
     rows = [rng.integers(0, 48, n) for n in lengths]
     tokens = np.zeros((2, width), np.int32)
