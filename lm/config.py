@@ -12,6 +12,7 @@ from typing import Literal
 from lm.checks import ConfigError as ConfigError
 from lm.checks import check as check
 from lm.checks import check_positive as check_positive
+from lm.config_merged import MergedConfig
 from lm.config_mla import MLAConfig
 from lm.config_moe import MoEConfig
 
@@ -219,6 +220,8 @@ class ModelConfig:
     """Cross-entropy implementation by name (`lm.loss`); None picks for the device."""
     adapter: AdapterConfig = AdapterConfig()
     """What is trained beside frozen projections."""
+    merged: MergedConfig = MergedConfig()
+    """Parts of merged models besides weights."""
 
     def __post_init__(self):
         if self.num_kv_heads is None:

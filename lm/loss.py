@@ -8,6 +8,9 @@ The loss is one number, so its gradients are known up to one factor as soon as t
 are in cache, three products and no recomputation (the idea of Liger-Kernel's fused linear
 cross-entropy, arXiv 2410.10989, section 3.2). Memory: one chunk of logits, dx, and dW in float32.
 
+Over a mesh every device walks over chunks of its own tokens, with its part of the vocabulary; dW,
+in float32, is added up once, behind the walk, and dx, too.
+
 "dense"    one chunk: holds tokens x vocabulary logits
 "chunked"  as above; also the fastest on CPUs, where a chunk fits the cache
 "tokamax"  the fused kernel of the tokamax library; TPU only
@@ -23,7 +26,10 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax.experimental.layout import Layout, with_layout_constraint
+from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
+
+from lm.sharding import RULES, axis_sizes, dividing, splits_sequence
 
 CPU_CHUNK_LOGITS = 2**20
 """Logits of one chunk on CPUs: 4 MiB in float32, so that they stay in cache."""
@@ -45,11 +51,27 @@ class CrossEntropy(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
+class _Layout:
+    """How the mesh in context lays things out."""
+
+    batch: tuple[str, ...]
+    """Mesh axes of the B rows of x."""
+    vocab: bool
+    """The vocabulary is cut over "tensor"."""
+    width: bool
+    """D of the head is cut over "fsdp"."""
+    split: bool
+    """T of x is cut over "tensor", too."""
+
+
+@dataclasses.dataclass(frozen=True)
 class _Spec:
     soft_cap: float | None
     rows: int
     """Tokens of one chunk in each of the B rows."""
     dot_general: Callable[..., Array] | None
+    layout: _Layout | None = None
+    """Of the call; inside of its `shard_map`, where B is 1, that of the vocabulary counts."""
 
 
 def cross_entropy(
@@ -65,7 +87,8 @@ def cross_entropy(
 ) -> CrossEntropy:
     """Weighted cross-entropy of `targets` under softmax(x @ head).
 
-    Chunks are cut along T, so leading axes may be sharded; the vocabulary may be, too.
+    Leading axes may be sharded, and the vocabulary: by `lm.sharding.RULES` under `jax.set_mesh`,
+    else as the compiler sees fit; chunks are then cut along T.
 
     Args:
       x: hidden states before the head; their dtype is that of the products.
@@ -75,7 +98,8 @@ def cross_entropy(
         [0, V) makes the loss and all gradients NaN.
       weights: weight of each token, float32; None is 1.
       soft_cap: bound of the logits, cap * tanh(logits / cap).
-      chunk: tokens whose logits exist at a time ("chunked" only); None picks for the device.
+      chunk: tokens, of all devices together, whose logits exist at a time ("chunked" only); None
+        picks for the device.
       dot_general: another product for x @ head, with the signature of `jax.lax.dot_general` and
         its own gradient; called as `dot_general(x2d, head, (((1,), (0,)), ((), ())))`.
       implementation: name in `IMPLEMENTATIONS`; None is "chunked", in one chunk if that is enough.
@@ -112,11 +136,19 @@ def cross_entropy(
     if implementation == "tokamax":
         total = _tokamax(x, head, targets, weights, soft_cap, dot_general)
     else:
+        layout = _layout(x.shape, head.shape) if dot_general is None else None
+        batch = x.shape[0]
+        if layout:
+            sizes = axis_sizes()
+            ways = math.prod(sizes[axis] for axis in layout.batch)
+            length, batch = batch * length // ways, 1
+            vocab //= sizes["tensor"] if layout.vocab else 1
+            chunk = chunk and max(1, chunk // ways)
         rows = length
         if implementation == "chunked":
-            rows = max(1, (chunk or _default_chunk(vocab)) // x.shape[0])
+            rows = max(1, (chunk or _default_chunk(vocab, layout is not None)) // batch)
         rows = -(-length // -(-length // rows))  # the same number of chunks, evenly filled
-        total = _fused(_Spec(soft_cap, rows, dot_general), x, head, targets, weights)
+        total = _fused(_Spec(soft_cap, rows, dot_general, layout), x, head, targets, weights)
     return CrossEntropy(total, total_weight)
 
 
@@ -125,10 +157,19 @@ def bits_per_byte(nats: float, num_bytes: int) -> float:
     return nats / (math.log(2) * num_bytes)
 
 
-def _default_chunk(vocab: int) -> int:
+def _layout(x, head) -> _Layout | None:
+    """None without a mesh, or where it does not divide the arrays."""
+    batch = dividing(RULES["batch"], x[0])
+    width, vocab = dividing(RULES["embed"], head[0]), dividing(RULES["vocab"], head[1])
+    if not axis_sizes() or batch is None or width is None or vocab is None:
+        return None
+    return _Layout(batch, bool(vocab), bool(width), bool(vocab) and splits_sequence(x[1]))
+
+
+def _default_chunk(vocab: int, one_device: bool = False) -> int:
     if jax.default_backend() == "cpu":
         return max(CPU_MIN_CHUNK, CPU_CHUNK_LOGITS // vocab)
-    return max(1, CHUNK_LOGITS * jax.device_count() // vocab)
+    return max(1, CHUNK_LOGITS * (1 if one_device else jax.device_count()) // vocab)
 
 
 def _logits(spec: _Spec, x, head):
@@ -168,9 +209,19 @@ def _chunk_loss(spec: _Spec, head, x, targets, weights, with_grads: bool):
         bent = jnp.tanh(logits / spec.soft_cap)
         logits, slope = spec.soft_cap * bent, 1 - bent * bent
     highest = logits.max(-1, keepdims=True)
+    cut = spec.layout is not None and spec.layout.vocab
+    if cut:
+        highest = jax.lax.pmax(highest, "tensor")
+        targets = targets - logits.shape[1] * jax.lax.axis_index("tensor")
     exponentials = jnp.exp(logits - highest)
     total = exponentials.sum(-1, keepdims=True)
-    picked = jnp.take_along_axis(logits, targets[:, None], axis=1, mode="promise_in_bounds")
+    if cut:
+        own = jnp.clip(targets, 0, logits.shape[1] - 1)
+        picked = jnp.take_along_axis(logits, own[:, None], axis=1, mode="promise_in_bounds")
+        picked = jnp.where((own == targets)[:, None], picked, 0)
+        total, picked = jax.lax.psum(jnp.stack([total, picked]), "tensor")
+    else:
+        picked = jnp.take_along_axis(logits, targets[:, None], axis=1, mode="promise_in_bounds")
     nll = (highest + jnp.log(total) - picked)[:, 0]
     if not with_grads:
         return nll, None, None
@@ -214,13 +265,50 @@ def _run(spec: _Spec, x, head, targets, weights, with_grads: bool):
     return total, join(nll), join(dx) if with_grads else None, dw
 
 
+def _run_over_mesh(spec: _Spec, x, head, targets, weights, with_grads: bool):
+    """`_run` on every device's tokens and part of the vocabulary; sums and gradients of all."""
+    layout = spec.layout
+    if layout is None:
+        return _run(spec, x, head, targets, weights, with_grads)
+    rest = tuple(axis for axis in layout.batch if not (layout.width and axis == "fsdp"))
+
+    def local(x, head, targets, weights):
+        if layout.split:
+            x = jax.lax.all_gather(x, "tensor", axis=1, tiled=True)
+        flat = x.reshape(1, -1, x.shape[-1]), head, targets.reshape(1, -1), weights.reshape(1, -1)
+        total, nll, dx, dw = _run(spec, *flat, with_grads)
+        total = jax.lax.psum(total, layout.batch) if layout.batch else total
+        nll = nll.reshape(targets.shape)
+        if not with_grads:
+            return total, nll, None, None
+        dx = dx.reshape(x.shape)
+        if layout.split:
+            dx = jax.lax.psum_scatter(dx, "tensor", scatter_dimension=1, tiled=True)
+        elif layout.vocab:
+            dx = jax.lax.psum(dx, "tensor")
+        if layout.width:
+            dw = jax.lax.psum_scatter(dw, "fsdp", scatter_dimension=0, tiled=True)
+        return total, nll, dx, jax.lax.psum(dw, rest) if rest else dw
+
+    rows = P(layout.batch or None)
+    x_spec = P(layout.batch or None, "tensor" if layout.split else None)
+    columns = "tensor" if layout.vocab else None
+    dw_spec = P("fsdp" if layout.width else None, columns)
+    return jax.shard_map(
+        local,
+        in_specs=(x_spec, P(None, columns), rows, rows),
+        out_specs=(P(), rows, x_spec, dw_spec),
+        check_vma=False,
+    )(x, head.astype(x.dtype), targets, weights)
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _fused(spec, x, head, targets, weights):
-    return _run(spec, x, head, targets, weights, with_grads=False)[0]
+    return _run_over_mesh(spec, x, head, targets, weights, with_grads=False)[0]
 
 
 def _fused_fwd(spec, x, head, targets, weights):
-    total, nll, dx, dw = _run(spec, x, head, targets, weights, with_grads=True)
+    total, nll, dx, dw = _run_over_mesh(spec, x, head, targets, weights, with_grads=True)
     return total, (nll, dx, dw, jnp.zeros((), head.dtype))
 
 

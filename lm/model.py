@@ -15,7 +15,9 @@ Initial scales: embedding N(0, init_std^2) with init_std 0.02 (GPT-2); projectio
 section 2.3); norms 1; biases 0; an untied head N(0, 1 / d_model).
 """
 
+import dataclasses
 import functools
+import math
 from typing import Any
 
 import jax
@@ -25,17 +27,24 @@ from jax.sharding import Mesh, NamedSharding
 from jaxtyping import Array, Float, Int
 
 from lm.config import ConfigError, ModelConfig
+from lm.config_merged import MergedConfig
 from lm.layers import rotary, skip
 from lm.layers.adapters import attach
-from lm.layers.linear import Linear, Plug, Site, linear
+from lm.layers.attention_context import Pieces, cut, join, pieces_of, row_segments
+from lm.layers.embedding import lookup
+from lm.layers.linear import Linear, Plug, Site, linear, two_rows
+from lm.layers.merged import Correction, Ensemble, RoutedCache, Router, make_routing
 from lm.layers.mla import make_attention
 from lm.layers.mlp import make_mlp
 from lm.layers.norms import make_norm
-from lm.layers.parameters import Stack, fan_in_std, normal
+from lm.layers.parameters import SINGLE, Stack, fan_in_std, normal
 from lm.layers.self_attention import Cache, Rotation, make_rotation
 from lm.layers.stack import REMAT_POLICIES as REMAT_POLICIES
 from lm.layers.stack import run_layers
-from lm.sharding import constrain, spec
+from lm.sharding import constrain, constrain_residual, spec, whole_sequence
+
+FEW_ROWS = 16
+"""Tokens whose product with the head reads the matrix, rather than computes, on CPUs."""
 
 Params = dict[str, Any]
 """Nested dict of arrays; leaves of "layers" (and "dense_layers": `ModelConfig.stacks`) have a
@@ -49,6 +58,10 @@ class Block(nnx.Module):
         attention_key, mlp_key = jax.random.split(key)
         self.attention = make_attention(attention_key, config, stack)
         self.mlp = make_mlp(mlp_key, config, stack)
+        if config.merged.kind == "wemoe":
+            self.ensemble = Ensemble(jax.random.fold_in(key, 2), config, stack)
+        if config.merged.layers:
+            self.correction = Correction(jax.random.fold_in(key, 3), config, stack)
         if config.norm_position != "post":
             self.attention_norm = make_norm(config, config.d_model, stack)
             self.mlp_norm = make_norm(config, config.d_model, stack)
@@ -57,23 +70,29 @@ class Block(nnx.Module):
             self.mlp_post_norm = make_norm(config, config.d_model, stack)
 
     def __call__(
-        self, x, rotation: Rotation, window, plug, layer, cache: Cache | None, active=None
+        self, x, rotation: Rotation, window, plug, layer, cache, active=None, routing=None
     ):
-        active = active or {}
+        active, total = active or {}, None
+        if isinstance(cache, RoutedCache):
+            cache, total = cache
         with jax.named_scope("attention"):
             if "attention" in active:
                 y = self._gated("attention", active, x, rotation, window, plug, layer)
             else:
                 context = rotation, window, plug, layer, cache, active.get("heads")
                 y, cache = _branch(self._parts("attention"), "attention", x, *context)
-            x = constrain(x + y, ("batch", "sequence", "act_embed"))
+            x = constrain_residual(x + y)
         with jax.named_scope("mlp"):
             if "mlp" in active:
                 y, auxiliary = self._gated("mlp", active, x, rotation, window, plug, layer)
+            elif routing is not None:
+                routed = {"mlp": self.ensemble.around(self.mlp, routing, total)}
+                y, (auxiliary, total) = _branch(self._parts("mlp") | routed, "mlp", x, plug, layer)
+                cache = cache and RoutedCache(cache, total)
             else:
                 y, auxiliary = _branch(self._parts("mlp"), "mlp", x, plug, layer)
-            x = constrain(x + y, ("batch", "sequence", "act_embed"))
-        return x, auxiliary, cache
+            x = constrain_residual(x + y)
+        return self.correction(x) if hasattr(self, "correction") else x, auxiliary, cache
 
     def _parts(self, name: str) -> dict[str, nnx.Module]:
         """The module of a branch and those norms that it has."""
@@ -82,6 +101,8 @@ class Block(nnx.Module):
 
     def _gated(self, name: str, active, x, rotation, window, plug, layer):
         """A branch, norms included, that is back-propagated only if it is active."""
+        if name == "mlp" and hasattr(self, "ensemble"):
+            raise ConfigError("layers with routed weights cannot be left out of the backward pass")
         graphdef, state = nnx.split(self._parts(name))
 
         def branch(inputs, rotation, layer):
@@ -96,8 +117,10 @@ class Block(nnx.Module):
 
 def _branch(parts: dict[str, nnx.Module], name: str, x, *context):
     x = parts[f"{name}_norm"](x) if f"{name}_norm" in parts else x
-    y, other = parts[name](x, *context)
-    return parts[f"{name}_post_norm"](y) if f"{name}_post_norm" in parts else y, other
+    y, other = parts[name](whole_sequence(x), *context)
+    if f"{name}_post_norm" in parts:
+        y = parts[f"{name}_post_norm"](constrain_residual(y))
+    return y, other
 
 
 class Decoder(nnx.Module):
@@ -122,6 +145,10 @@ class Decoder(nnx.Module):
             axes, std = ("positions", "embed"), config.init_std
             self.position_embedding = normal(position_key, shape, axes, std=std, dtype=dtype)
         self.final_norm = make_norm(config, config.d_model)
+        if config.merged.shared:
+            self.router = Router(jax.random.fold_in(key, 8), config, SINGLE)
+        if config.merged.kind == "surgery":
+            self.correction = Correction(jax.random.fold_in(key, 9), config)
         if not config.tie_embeddings:
             self.head = Linear(
                 head_key,
@@ -137,21 +164,22 @@ class Decoder(nnx.Module):
         self, tokens, rotation: Rotation, plug: Plug | None, cache: Cache | None, active=None
     ):
         dtype = self.config.dtype
-        x = _rows(self.embedding, tokens).astype(dtype)
+        x = lookup(jnp.asarray(self.embedding[...]), tokens, dtype)
         if self.config.embedding_scale:  # rounded to the dtype, as in Gemma
             x *= jnp.asarray(self.config.d_model**0.5, dtype)
         if self.config.positions == "learned":
-            x += _rows(self.position_embedding, rotation.positions).astype(dtype)
-        x = constrain(x, ("batch", "sequence", "act_embed"))
+            x += lookup(
+                jnp.asarray(self.position_embedding[...]), rotation.positions, dtype, "positions"
+            )
+        x = constrain_residual(x)
         blocks = {name: getattr(self, name) for name in self.config.stacks}
         per_layer = (cache, active)
-        x, auxiliary, cache = run_layers(blocks, x, rotation, self.config, plug, per_layer)
-        return self.final_norm(x), auxiliary, cache
-
-
-def _rows(table: nnx.Param, ids):
-    rows = jnp.asarray(table[...]).at[ids]
-    return rows.get(mode="fill", fill_value=jnp.nan, wrap_negative_indices=False)
+        routing = None
+        if self.config.merged.kind == "wemoe":
+            routing = make_routing(getattr(self, "router", None), rotation, tokens)
+        x, auxiliary, cache = run_layers(blocks, x, rotation, self.config, plug, per_layer, routing)
+        x = self.final_norm(x)
+        return self.correction(x) if hasattr(self, "correction") else x, auxiliary, cache
 
 
 @functools.lru_cache(maxsize=64)
@@ -230,13 +258,17 @@ def hidden(
     positions: Int[Array, "B T"] | None = None,
     plug: Plug | None = None,
     active: dict[str, Any] | None = None,
+    pieces: Pieces | None = None,
 ) -> tuple[Float[Array, "B T D"], dict[str, jax.Array]]:
     """Normalized states before the head, and what the layers report besides.
 
     Arguments are those of `apply`, and `active`: which branches are back-propagated, bools by
     "attention" [L], "mlp" [L] or "heads" [L, num_kv_heads]; traced, or NumPy arrays, which choose
     while tracing where layers are not looped over (`lm.layers.skip`). None back-propagates all,
-    by the ordinary program. The second value maps names to arrays with a leading layer axis
+    by the ordinary program. `pieces`: tokens, segment_ids and positions (which must be given) are
+    pieces of rows already (`lm.layers.attention_context.cut`), and so is the result.
+
+    The second value maps names to arrays with a leading layer axis
     (`lm.layers.mlp.Auxiliary`); it is empty for dense models. The training loss takes this path,
     so that the logits need never exist as a whole (`lm.loss`).
     """
@@ -247,9 +279,16 @@ def hidden(
             positions = jnp.broadcast_to(jnp.arange(tokens.shape[1])[None], tokens.shape)
         else:
             positions = rotary.positions_from_segments(segment_ids)
-    rotation = make_rotation(config, positions, segment_ids=segment_ids)
+    whole = None if pieces else pieces_of(tokens.shape)
+    if whole:
+        tokens, positions = cut(whole, tokens, positions)
+        segment_ids = segment_ids if segment_ids is None else cut(whole, segment_ids)[0]
+    others: dict[str, Any] = {"segment_ids": segment_ids, "pieces": pieces or whole}
+    if others["pieces"] and segment_ids is not None:
+        others["row_segment_ids"] = row_segments(others["pieces"], segment_ids)
+    rotation = make_rotation(config, positions, **others)
     x, auxiliary, _ = _model(config, params)(tokens, rotation, plug, None, active)
-    return x, auxiliary
+    return join(whole, x) if whole else x, auxiliary
 
 
 def decode(
@@ -261,6 +300,7 @@ def decode(
     *,
     padding: Int[Array, " B"] | None = None,
     last_only: bool = False,
+    reach: int | None = None,
     plug: Plug | None = None,
 ) -> tuple[Float[Array, "B T V"], Cache]:
     """Logits of T new tokens that follow those in the cache, and the cache with them added.
@@ -273,24 +313,29 @@ def decode(
       index: number of slots filled before.
       padding: slots at the start of each row that hold no token (prompts padded on the left).
       last_only: return the logits of the last token alone, [B, 1, V].
+      reach: a number of slots that holds all tokens, these included; the others are not looked at.
       plug: as in `apply`.
     """
     positions = index + jnp.arange(tokens.shape[1])[None]
     if padding is not None:
         positions = jnp.maximum(positions - padding[:, None], 0)
     positions = jnp.broadcast_to(positions, tokens.shape)
-    rotation = make_rotation(config, positions, cache_index=index, padding=padding)
+    rotation = make_rotation(config, positions, cache_index=index, padding=padding, reach=reach)
     x, _, cache = _model(config, params)(tokens, rotation, plug, cache)
     x = x[:, -1:] if last_only else x
     return logits(config, params, x, plug), cache
 
 
-def init_cache(config: ModelConfig, batch: int, length: int) -> Cache:
+def init_cache(config: ModelConfig, batch: int, length: int) -> Cache | RoutedCache:
     """An empty cache for `length` tokens in each of `batch` rows, stacked over layers."""
+    if config.merged.kind == "wemoe":
+        plain = dataclasses.replace(config, merged=MergedConfig())
+        total = jnp.zeros((config.num_layers, batch, len(config.merged.weights)))
+        return RoutedCache(init_cache(plain, batch, length), total)
     if config.attention_kind == "mla":
         width = config.mla.kv_lora_rank + config.mla.qk_rope_head_dim
-        return Cache(jnp.zeros((config.num_layers, batch, length, 1, width), config.dtype), None)
-    shape = (config.num_layers, batch, length, config.num_kv_heads, config.head_dim)
+        return Cache(jnp.zeros((config.num_layers, batch, 1, length, width), config.dtype), None)
+    shape = (config.num_layers, batch, config.num_kv_heads, length, config.head_dim)
     return Cache(jnp.zeros(shape, config.dtype), jnp.zeros(shape, config.dtype))
 
 
@@ -307,12 +352,25 @@ def logits(
     head = head_kernel(config, params)
     if dot_general is None:
         # Accumulated in f32 and left there, as the training loss does.
-        y = jnp.matmul(x, head.astype(x.dtype), preferred_element_type=jnp.float32)
+        y = _head_product(x, head.astype(x.dtype), config.tie_embeddings)
     else:
         y = linear(x, head, dot_general).astype(jnp.float32)
     y = constrain(y, ("batch", "sequence", "act_vocab"))
     cap = config.logit_soft_cap
     return y if cap is None else cap * jnp.tanh(y / cap)
+
+
+def _head_product(x: Float[Array, "B T D"], head: Float[Array, "D V"], tied: bool) -> jax.Array:
+    if jax.default_backend() != "cpu" or (rows := math.prod(x.shape[:-1])) > FEW_ROWS:
+        return jnp.matmul(x, head, preferred_element_type=jnp.float32)
+    # XLA:CPU at 1 x 768 x 32,000 of a tied matrix, which lies by rows of the vocabulary: in
+    # float32 8 ms this way round and 25 the other; in bfloat16 5 against 50, but as [B, T, D].
+    shape, x = x.shape[:-1], x.reshape(rows, -1)
+    if tied and x.dtype == jnp.float32:
+        y = jnp.matmul(head.T, x.T).T
+    else:
+        y = jnp.matmul(two_rows(x)[:, None], head, preferred_element_type=jnp.float32)[:rows, 0]
+    return y.reshape(*shape, -1)
 
 
 def _model(config: ModelConfig, params: Params) -> Decoder:

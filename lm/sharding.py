@@ -3,19 +3,32 @@
 Meshes have Auto axes: the compiler propagates layouts from parameters, inputs and the constraints
 placed on activations. A logical axis that the table does not know is an error, and so is a
 dimension that its mesh axes do not divide, or a mesh axis used twice in one array.
+
+Two axes are not left to the compiler. Under `context` each device holds a piece of its rows as rows
+of their own, so to everything but attention it is one more axis of the batch
+(`lm.layers.attention_context`). `replica` appears in no rule: the training step is written for
+one replica and adds up what several did (`over_replicas`).
 """
 
+import contextlib
+import contextvars
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
+import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from lm.config import ConfigError, ModelConfig
 
-MESH_AXES = ("data", "fsdp", "expert", "context", "tensor")
-"""Slowest-varying first: tensor parallelism talks most, so its devices are nearest."""
+MESH_AXES = ("replica", "data", "fsdp", "expert", "context", "tensor")
+"""Slowest-varying first: tensor parallelism talks most, so its devices are nearest; replicas talk
+once a step, so they may be slices of their own, joined by a slower network."""
+
+ROWS = ("data", "fsdp", "expert")
+"""Mesh axes that the rows of one replica's batch are laid out over."""
 
 RULES: Mapping[str, tuple[str, ...]] = {
     # parameters
@@ -33,13 +46,17 @@ RULES: Mapping[str, tuple[str, ...]] = {
     "adapter": (),  # too small to be worth sharding
     "positions": (),
     # activations
-    "batch": ("data", "fsdp", "expert"),
-    "sequence": ("context",),
+    "batch": (*ROWS, "context"),
+    "sequence": (),
+    "split_sequence": ("tensor",),  # between the layers' products: see `sequence_norms`
     "act_embed": (),
     "act_heads": ("tensor",),
     "act_mlp": ("tensor",),
     "act_vocab": ("tensor",),
 }
+
+CONTEXT_ATTENTION = (None, "xla", "dense", "blocked", "reference")
+"""Implementations of attention (`lm.layers.attention`) that work on pieces of rows."""
 
 
 def make_mesh(sizes: Mapping[str, int], devices: list[jax.Device] | None = None) -> Mesh:
@@ -48,6 +65,7 @@ def make_mesh(sizes: Mapping[str, int], devices: list[jax.Device] | None = None)
     Raises:
       ConfigError: unknown axis, or sizes whose product does not fit the number of devices.
     """
+    sizes = {axis: size for axis, size in sizes.items() if axis != "sequence_norms"}
     if unknown := sorted(set(sizes) - set(MESH_AXES)):
         raise ConfigError(f"unknown mesh axis {unknown[0]!r}: there are {', '.join(MESH_AXES)}")
     devices = list(jax.devices() if devices is None else devices)
@@ -67,8 +85,35 @@ def make_mesh(sizes: Mapping[str, int], devices: list[jax.Device] | None = None)
         )
     used = devices[: math.prod(sizes.values())]
     shape = tuple(sizes.values())
-    return jax.make_mesh(
-        shape, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES), devices=used
+    types = (AxisType.Auto,) * len(MESH_AXES)
+    arranged = arrange(shape, used)
+    if arranged is None:
+        return jax.make_mesh(shape, MESH_AXES, axis_types=types, devices=used)
+    return Mesh(arranged, MESH_AXES, axis_types=types)
+
+
+def arrange(shape: tuple[int, ...], devices: list[Any]) -> np.ndarray | None:
+    """Devices of several slices as a mesh in which whole replicas lie within a slice, or the other
+    way round; None for one slice, which `jax.make_mesh` knows how to arrange.
+
+    `slice_index` of a device tells slices apart; GPUs have one for each of their NVLink domains.
+
+    Raises:
+      ConfigError: the number of replicas does not fit the number of slices.
+    """
+    replicas, slices = shape[0], {getattr(device, "slice_index", 0) for device in devices}
+    if len(slices) == 1 or (replicas == 1 and devices[0].platform != "tpu"):
+        return None
+    if replicas % len(slices) == 0:
+        inside = (replicas // len(slices), *shape[1:])
+        across = (len(slices),) + (1,) * (len(shape) - 1)
+        return mesh_utils.create_hybrid_device_mesh(inside, across, devices)
+    if len(slices) % replicas == 0 and devices[0].platform != "tpu":
+        order = sorted(devices, key=lambda device: (device.slice_index, device.id))
+        return np.array(order, dtype=object).reshape(shape)
+    raise ConfigError(
+        f"the devices are {len(slices)} slices joined by a network, and mesh.replica is "
+        f"{replicas}: set it to a multiple of {len(slices)}, so that no other axis crosses it"
     )
 
 
@@ -116,7 +161,7 @@ def constrain(x: jax.Array, axes: tuple[str, ...]) -> jax.Array:
     prompt on eight devices) are the compiler's business.
     """
     mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty or mesh.size == 1:
+    if not axis_sizes():
         return x
     entries = []
     for dim, entry in zip(x.shape, spec(axes, mesh), strict=True):
@@ -125,9 +170,101 @@ def constrain(x: jax.Array, axes: tuple[str, ...]) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, PartitionSpec(*entries))
 
 
+_sequence_norms: contextvars.ContextVar[bool] = contextvars.ContextVar("norms", default=False)
+
+
+@contextlib.contextmanager
+def sequence_norms(on: bool) -> Iterator[None]:
+    """Whether what is traced inside keeps the residual stream cut along the sequence over `tensor`.
+
+    Norms and residual sums then run on a share of the tokens, and the all-reduce behind the
+    products that write to the stream becomes a reduce-scatter, with an all-gather before the next
+    ones (Korthikanti et al., arXiv 2205.05198, section 4.2.2): less memory and less work, but the
+    backward pass gathers once more.
+    """
+    token = _sequence_norms.set(on)
+    try:
+        yield
+    finally:
+        _sequence_norms.reset(token)
+
+
+def splits_sequence(length: int) -> bool:
+    """Whether the residual stream of rows of that length is cut over `tensor`."""
+    return _sequence_norms.get() and bool(dividing(RULES["split_sequence"], length))
+
+
+def constrain_residual(x: jax.Array) -> jax.Array:
+    """Pin the residual stream [B, T, D] between the layers' products."""
+    sequence = "split_sequence" if _sequence_norms.get() else "sequence"
+    return constrain(x, ("batch", sequence, "act_embed"))
+
+
+def whole_sequence(x: jax.Array) -> jax.Array:
+    """A part of the residual stream [B, T, D] as the products that follow need it."""
+    return constrain(x, ("batch", "sequence", "act_embed")) if _sequence_norms.get() else x
+
+
+def axis_sizes() -> dict[str, int]:
+    """Sizes above 1 of the axes of the mesh in context that the compiler lays arrays out over.
+
+    {} outside of a mesh; without the axes that an enclosing `shard_map` has taken.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return {}
+    taken = set(mesh.manual_axes)
+    return {name: size for name, size in mesh.shape.items() if size > 1 and name not in taken}
+
+
+def dividing(axes: tuple[str, ...], length: int) -> tuple[str, ...] | None:
+    """The mesh axes among `axes` that are in use, if together they divide `length`; else None."""
+    sizes = axis_sizes()
+    used = tuple(axis for axis in axes if axis in sizes)
+    return None if length % math.prod(sizes[axis] for axis in used) else used
+
+
+def over_replicas(function: Callable[..., Any], batch_argument: int) -> Callable[..., Any]:
+    """`function` run by every replica on its rows of the batch.
+
+    The function may call `replica_sum`, the only communication between replicas; its results must
+    be equal on all of them. Without the axis it is called as it is.
+
+    Args:
+      function: of pytrees of arrays.
+      batch_argument: number of the argument that is the batch, a dict of arrays [B, ...]; the
+        others are replicated.
+    """
+
+    def run(*args):
+        if "replica" not in axis_sizes():
+            return function(*args)
+        specs = [PartitionSpec()] * len(args)
+        specs[batch_argument] = PartitionSpec("replica")
+        return jax.shard_map(
+            function,
+            in_specs=tuple(specs),
+            out_specs=PartitionSpec(),
+            axis_names={"replica"},
+            check_vma=False,
+        )(*args)
+
+    return run
+
+
+def replica_sum(tree: Any) -> Any:
+    """Sum over the replicas, inside of `over_replicas`; outside the tree itself."""
+    mesh = jax.sharding.get_abstract_mesh()
+    inside = not mesh.empty and "replica" in mesh.manual_axes
+    return jax.lax.psum(tree, "replica") if inside else tree
+
+
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """Sharding of token arrays [B, T]."""
-    return NamedSharding(mesh, spec(("batch", "sequence"), mesh))
+    """Sharding of token arrays [B, T], as they come from the data."""
+    sizes = dict(mesh.shape)
+    rows = tuple(axis for axis in ("replica", *ROWS) if sizes.get(axis, 1) > 1)
+    sequence = "context" if sizes.get("context", 1) > 1 else None
+    return NamedSharding(mesh, PartitionSpec(rows[0] if len(rows) == 1 else rows or None, sequence))
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
@@ -137,13 +274,25 @@ def replicated(mesh: Mesh) -> NamedSharding:
 
 def check_mesh(model: ModelConfig, batch_size: int, micro_batches: int, mesh: Mesh) -> None:
     """Refuse, before anything is compiled, a mesh that the model or the batch cannot fill."""
-    ways = math.prod(mesh.shape[name] for name in RULES["batch"])
+    names = ROWS if mesh.shape["replica"] == 1 else ("replica", *ROWS)
+    ways = math.prod(mesh.shape[name] for name in names)
     rows = batch_size // micro_batches
     if rows % ways:
         raise ConfigError(
             f"each micro-batch has {rows} sequences (batch_size {batch_size} / micro_batches "
-            f"{micro_batches}), which data x fsdp x expert = {ways} devices do not divide"
+            f"{micro_batches}), which {' x '.join(names)} = {ways} devices do not divide"
         )
+    if mesh.shape["context"] > 1:
+        if model.attention not in CONTEXT_ATTENTION:
+            raise ConfigError(
+                f"model.attention {model.attention!r} cannot see keys of other devices, which "
+                f"mesh.context = {mesh.shape['context']} needs: leave it out or set xla"
+            )
+        if model.mlp == "moe" and model.moe.balance_per_sequence and model.moe.balance_weight:
+            raise ConfigError(
+                "model.moe.balance_per_sequence needs whole sequences on a device, and "
+                f"mesh.context = {mesh.shape['context']} cuts them: turn one of the two off"
+            )
     sizes = {
         "tensor": {
             "num_heads": model.num_heads,

@@ -19,7 +19,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 from lm.layers.attention_blocked import blocked
-from lm.layers.attention_common import CHECKPOINT_NAME, Spec, visible
+from lm.layers.attention_common import CHECKPOINT_NAME, Spec, gather, places, visible
 from lm.layers.attention_dense import dense
 
 DENSE_LIMIT = 512 * 512
@@ -98,8 +98,8 @@ def _check(q, k, v, segment_ids, kv_segment_ids, causal, window):
 
 
 def _choose(q: Array, segment_ids: Array | None) -> str:
-    # Library kernels are opaque to the partitioner, so several devices need a shard_map around
-    # them; only cuDNN brings its own partitioning rule.
+    # Library kernels are opaque to the partitioner; only cuDNN brings its own partitioning rule.
+    # Under a mesh they run in the shard_map of attention_context.py, if asked for by name.
     backend = jax.default_backend()
     sixteen_bit = q.dtype in (jnp.bfloat16, jnp.float16)
     if backend == "cpu" or not sixteen_bit or q.shape[-1] not in (64, 128):
@@ -114,13 +114,15 @@ def _choose(q: Array, segment_ids: Array | None) -> str:
 def reference(spec: Spec, q, k, v, q_segments, kv_segments) -> Array:
     """The definition, in float32, differentiated by JAX."""
     group = q.shape[2] // k.shape[2]
+    k, v = gather(spec, k, v)
     k, v = (jnp.repeat(x.astype(jnp.float32), group, axis=2) for x in (k, v))
     precision = jax.lax.Precision.HIGHEST
     scores = jnp.einsum("btnh,bsnh->bnts", q.astype(jnp.float32), k, precision=precision)
     scores = scores * spec.scale
     if spec.soft_cap is not None:
         scores = spec.soft_cap * jnp.tanh(scores / spec.soft_cap)
-    mask = visible(spec, jnp.arange(q.shape[1]), jnp.arange(k.shape[1]), q_segments, kv_segments)
+    indices = places(spec, q.shape[1], k.shape[1])
+    mask = visible(spec, *indices, q_segments, kv_segments)
     if mask is None:
         weights = jax.nn.softmax(scores, axis=-1)
     else:
@@ -133,7 +135,8 @@ def reference(spec: Spec, q, k, v, q_segments, kv_segments) -> Array:
 
 def xla(spec: Spec, q, k, v, q_segments, kv_segments) -> Array:
     """Runs "dense" while its T x S temporaries are small, "blocked" beyond."""
-    run = dense if q.shape[1] * k.shape[1] <= DENSE_LIMIT else blocked
+    area = q.shape[1] * k.shape[1] * spec.context
+    run = dense if area <= DENSE_LIMIT else blocked
     return run(spec, q, k, v, q_segments, kv_segments)
 
 

@@ -3,7 +3,8 @@
 FlashAttention-2 (Dao, arXiv 2307.08691, algorithms 1 and 2) as one `lax.scan` over the pairs
 (query block, key block) that the mask leaves: pairs above the causal diagonal or outside of the
 sliding window are not in the list, so their products are never computed, and compile time does not
-depend on T. The forward pass carries output, running maximum and running sum of every query block
+depend on T. Where a row is spread over devices (`Spec.context`), each has a list of its own, of the
+same length. The forward pass carries output, running maximum and running sum of every query block
 and updates one of them a step; the backward pass carries the three gradients. Both are in place.
 """
 
@@ -17,40 +18,78 @@ from jaxtyping import Array
 
 from lm.layers.attention_common import (
     CHECKPOINT_NAME,
+    CONTEXT,
     Spec,
     contiguous,
     finite,
+    gather,
     log2_sum,
     masked,
+    places,
     product,
     reciprocal,
     scaled,
+    scatter,
     slope,
     visible,
+    zigzag,
 )
 
 CPU_BLOCK, BLOCK = 256, 512
 """Queries and keys of one block, at most. On CPUs the smaller one keeps the scores in cache."""
 
 
-def _block_size(length: int, kv_length: int) -> int:
-    """The block, or less where a row of that many queries and keys would be mostly padding."""
+def block_size(spec: Spec, length: int, kv_length: int) -> int:
+    """The block, or less where a row of that many queries and keys would be mostly padding.
+
+    Blocks end where chunks of `zigzag` do, if those are of 16 tokens or a multiple.
+    """
     block = CPU_BLOCK if jax.default_backend() == "cpu" else BLOCK
-    return min(block, -(-max(length, kv_length) // 16) * 16)
+    longest = max(length, kv_length) if spec.context == 1 else length // 2
+    return min(block, -(-longest // 16) * 16)
 
 
-def _pairs(spec: Spec, size: int, q_blocks: int, kv_blocks: int) -> tuple[Array, Array]:
-    """Indices of the (query block, key block) pairs in which some query may see some key."""
-    pairs = []
-    for i in range(q_blocks):
-        first, last = 0, kv_blocks - 1
-        if spec.causal:
-            last = min(last, i)
-        if spec.window is not None:
-            first = max(0, i * size - spec.window + 1) // size
-        pairs += [(i, j) for j in range(first, last + 1)]
-    rows, columns = np.array(pairs, np.int32).reshape(-1, 2).T
-    return jnp.asarray(rows), jnp.asarray(columns)
+def block_pairs(spec: Spec, size: int, rows: np.ndarray, columns: np.ndarray) -> np.ndarray:
+    """int32 [pairs, 2]: the (query block, key block) pairs in which some query may see some key.
+
+    rows, columns: where the queries and the keys lie in their row.
+    """
+
+    def bounds(places):
+        edge = np.pad(places, (0, -len(places) % size), mode="edge").reshape(-1, size)
+        return edge.min(1), edge.max(1)
+
+    (first_row, last_row), (first_column, last_column) = bounds(rows), bounds(columns)
+    seen = np.ones((len(first_row), len(first_column)), bool)
+    if spec.causal:
+        seen &= first_column[None] <= last_row[:, None]
+    if spec.window is not None:
+        seen &= last_column[None] > first_row[:, None] - spec.window
+    return np.argwhere(seen).astype(np.int32)
+
+
+def _pairs(spec: Spec, size: int, q_blocks: int, kv_blocks: int) -> np.ndarray:
+    """`block_pairs` of a row in order, transposed."""
+    return block_pairs(spec, size, np.arange(q_blocks * size), np.arange(kv_blocks * size)).T
+
+
+def device_pairs(spec: Spec, size: int, length: int, kv_length: int) -> list[np.ndarray]:
+    """`block_pairs` of each device that holds a piece of the row."""
+    if spec.context == 1:
+        return [_pairs(spec, size, -(-length // size), -(-kv_length // size)).T]
+    table = zigzag(spec.context, kv_length)
+    return [block_pairs(spec, size, rows, table.reshape(-1)) for rows in table]
+
+
+def _steps(spec: Spec, size: int, length: int, kv_length: int):
+    """Pairs of this device: (query block, key block, whether there is such a pair; None: yes)."""
+    lists = device_pairs(spec, size, length, kv_length)
+    longest = max(len(pairs) for pairs in lists)
+    filled = [np.pad(pairs, ((0, longest - len(pairs)), (0, 0))) for pairs in lists]
+    real = np.array([np.arange(longest) < len(pairs) for pairs in lists])
+    table, real = jnp.asarray(np.stack(filled)), None if real.all() else jnp.asarray(real)
+    me = 0 if spec.context == 1 else jax.lax.axis_index(CONTEXT)
+    return table[me, :, 0], table[me, :, 1], None if real is None else real[me]
 
 
 def _blocks(x: Array, size: int, kv_heads: int) -> Array:
@@ -82,31 +121,47 @@ def _segment_blocks(ids: Array | None, size: int) -> Array | None:
     return ids.reshape(batch, count, size).swapaxes(0, 1)
 
 
-def _mask(spec, size, kv_length, i, j, q_segments, kv_segments):
-    """Mask of block pair (i, j); keys that only pad the last block are seen by nobody."""
+def _index_blocks(spec: Spec, size: int, length: int, kv_length: int):
+    """Places in the row of the queries [blocks, size] and of the keys; None: in order."""
+    if spec.context == 1:
+        return None
+    rows, columns = places(spec, length, kv_length)
+    rows = jnp.pad(rows, (0, -length % size)).reshape(-1, size)
+    columns = np.pad(columns, (0, -kv_length % size), constant_values=kv_length)
+    return rows, jnp.asarray(columns.reshape(-1, size))
+
+
+def _mask(spec, size, kv_length, pair, indices, q_segments, kv_segments):
+    """Mask of a block pair; keys that only pad the last block are seen by nobody."""
+    i, j, there = pair
     within = jnp.arange(size, dtype=jnp.int32)
     rows, columns = i * size + within, j * size + within
+    if indices is not None:
+        rows, columns = indices[0][i], indices[1][j]
     if q_segments is not None:
         q_segments, kv_segments = q_segments[i], kv_segments[j]
     mask = visible(spec, rows, columns, q_segments, kv_segments)
     if kv_length % size:
         real = (columns < kv_length)[None, None, :]
         mask = jnp.broadcast_to(real, (1, size, size)) if mask is None else mask & real
-    return mask
+    return mask if there is None else mask & there
 
 
 def _forward(spec, q, k, v, q_segments, kv_segments):
     kv_heads = k.shape[2]
-    size = _block_size(q.shape[1], k.shape[1])
+    k, v = gather(spec, k, v)
+    lengths = q.shape[1], k.shape[1]
+    size = block_size(spec, *lengths)
+    indices = _index_blocks(spec, size, *lengths)
     queries = _blocks(q, size, kv_heads)
     keys, values = _blocks(k, size, kv_heads), _blocks(v, size, kv_heads)
     q_ids, kv_ids = _segment_blocks(q_segments, size), _segment_blocks(kv_segments, size)
 
     def step(carry, pair):
         out, maximum, total = carry
-        i, j = pair
+        i, j, _ = pair
         scores = scaled(spec, product(queries[i], keys[j], (3, 3)))
-        scores = masked(scores, _mask(spec, size, k.shape[1], i, j, q_ids, kv_ids))
+        scores = masked(scores, _mask(spec, size, k.shape[1], pair, indices, q_ids, kv_ids))
         old = maximum[i]
         new = jnp.maximum(old, scores.max(-1, keepdims=True))
         weights = jnp.exp2(scores - finite(new))
@@ -118,8 +173,7 @@ def _forward(spec, q, k, v, q_segments, kv_segments):
 
     row = jnp.zeros((*queries.shape[:-1], 1), jnp.float32)
     start = (jnp.zeros(queries.shape, jnp.float32), row - jnp.inf, row)
-    pairs = _pairs(spec, size, len(queries), len(keys))
-    (out, maximum, total), _ = jax.lax.scan(step, start, pairs)
+    (out, maximum, total), _ = jax.lax.scan(step, start, _steps(spec, size, *lengths))
     out = _unblock(out * reciprocal(total), q.shape[1], q.shape[2], q.dtype)
     log_sums = log2_sum(maximum, total)
     return checkpoint_name(out, CHECKPOINT_NAME), checkpoint_name(log_sums, CHECKPOINT_NAME)
@@ -138,7 +192,10 @@ def _blocked_fwd(spec, q, k, v, q_segments, kv_segments):
 def _blocked_bwd(spec, residuals, grad):
     q, k, v, q_segments, kv_segments, out, log_sums = residuals
     kv_heads = k.shape[2]
-    size = _block_size(q.shape[1], k.shape[1])
+    k, v = gather(spec, k, v)
+    lengths = q.shape[1], k.shape[1]
+    size = block_size(spec, *lengths)
+    indices = _index_blocks(spec, size, *lengths)
     queries, grads = _blocks(q, size, kv_heads), _blocks(grad, size, kv_heads)
     keys, values = _blocks(k, size, kv_heads), _blocks(v, size, kv_heads)
     # Small transposed copies, so that no product contracts the first axis of its left operand.
@@ -150,9 +207,9 @@ def _blocked_bwd(spec, residuals, grad):
 
     def step(carry, pair):
         dq, dk_t, dv_t = carry
-        i, j = pair
+        i, j, _ = pair
         scores = scaled(spec, product(queries[i], keys[j], (3, 3)))
-        mask = _mask(spec, size, k.shape[1], i, j, q_ids, kv_ids)
+        mask = _mask(spec, size, k.shape[1], pair, indices, q_ids, kv_ids)
         weights = jnp.exp2(masked(scores - log_sums[i], mask))
         dweights = product(grads[i], values[j], (3, 3))
         dscores = (weights * (dweights - delta[i]) * slope(spec, scores)).astype(q.dtype)
@@ -163,10 +220,11 @@ def _blocked_bwd(spec, residuals, grad):
 
     zeros = jnp.zeros(keys.mT.shape, jnp.float32)
     start = (jnp.zeros(queries.shape, jnp.float32), zeros, zeros)
-    (dq, dk_t, dv_t), _ = jax.lax.scan(step, start, _pairs(spec, size, len(queries), len(keys)))
+    (dq, dk_t, dv_t), _ = jax.lax.scan(step, start, _steps(spec, size, *lengths))
     dk = _unblock(dk_t.mT, k.shape[1], kv_heads, k.dtype)
     dv = _unblock(dv_t.mT, k.shape[1], kv_heads, v.dtype)
-    return _unblock(dq, q.shape[1], q.shape[2], q.dtype), dk, dv, None, None
+    dq = _unblock(dq, q.shape[1], q.shape[2], q.dtype)
+    return dq, *scatter(spec, dk, dv), None, None
 
 
 _blocked.defvjp(_blocked_fwd, _blocked_bwd)

@@ -8,6 +8,7 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.experimental.layout import Layout, with_layout_constraint
 from jaxtyping import Array, Bool, Float, Int
 
@@ -27,6 +28,48 @@ class Spec:
     causal: bool
     window: int | None
     soft_cap: float | None = None
+    context: int = 1
+    """Devices that hold a piece of each row (`zigzag`): above 1 the call is one device's, inside of
+    `shard_map`, with the queries and keys of its pieces and the keys' segments of whole rows."""
+
+
+CONTEXT = "context"
+"""Mesh axis of those devices."""
+
+
+def zigzag(ways: int, length: int) -> np.ndarray:
+    """int32 [ways, length / ways]: the tokens of a row that each of `ways` devices holds, in order.
+
+    A row is cut into 2 ways chunks and device i takes chunks i and 2 ways - 1 - i, so that under a
+    causal mask all have the same number of keys to look at (Llama 3, arXiv 2407.21783, section
+    3.3.2).
+    """
+    chunks = np.arange(length, dtype=np.int32).reshape(2 * ways, -1)
+    return np.concatenate([chunks[:ways], chunks[: ways - 1 : -1]], axis=1)
+
+
+def places(spec: Spec, length: int, kv_length: int) -> tuple[Array | np.ndarray, np.ndarray]:
+    """Where in their row the queries and the (gathered) keys of a call lie."""
+    if spec.context == 1:
+        # NumPy makes a mask by index a constant, which XLA:CPU reads faster than it compares.
+        return np.arange(length, dtype=np.int32), np.arange(kv_length, dtype=np.int32)
+    table = zigzag(spec.context, kv_length)
+    return jnp.asarray(table)[jax.lax.axis_index(CONTEXT)], table.reshape(-1)
+
+
+def gather(spec: Spec, *arrays: Array) -> tuple[Array, ...]:
+    """Keys or values of whole rows, from those of this device's pieces."""
+    if spec.context == 1:
+        return arrays
+    return tuple(jax.lax.all_gather(x, CONTEXT, axis=1, tiled=True) for x in arrays)
+
+
+def scatter(spec: Spec, *gradients: Array) -> tuple[Array, ...]:
+    """The transpose of `gather`: gradients of this device's pieces, added up over the devices."""
+    if spec.context == 1:
+        return gradients
+    scatter = jax.lax.psum_scatter
+    return tuple(scatter(g, CONTEXT, scatter_dimension=1, tiled=True) for g in gradients)
 
 
 def scaled(spec: Spec, products: Float[Array, "*dims"]) -> Float[Array, "*dims"]:

@@ -14,7 +14,6 @@ import functools
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array
 
@@ -23,11 +22,14 @@ from lm.layers.attention_common import (
     Spec,
     contiguous,
     finite,
+    gather,
     log2_sum,
     masked,
+    places,
     product,
     reciprocal,
     scaled,
+    scatter,
     slope,
     visible,
 )
@@ -38,7 +40,7 @@ MIN_BLOCK = 64
 
 def _plan(spec: Spec, length: int, kv_length: int) -> list[tuple[int, int, int, int]]:
     """(first query, last + 1, first key, last + 1) of each block."""
-    if not spec.causal or length != kv_length:
+    if not spec.causal or length != kv_length or spec.context > 1:
         return [(0, length, 0, kv_length)]
     block = max(MIN_BLOCK, -(-length // QUERY_BLOCKS))
     plan = []
@@ -49,13 +51,11 @@ def _plan(spec: Spec, length: int, kv_length: int) -> list[tuple[int, int, int, 
     return plan
 
 
-def _mask(spec, block, q_segments, kv_segments):
+def _mask(spec, block, indices, q_segments, kv_segments):
     start, stop, key_start, key_stop = block
     if q_segments is not None:
         q_segments, kv_segments = q_segments[:, start:stop], kv_segments[:, key_start:key_stop]
-    # NumPy makes the mask by index a constant, which XLA:CPU reads faster than it compares indices.
-    rows = np.arange(start, stop, dtype=np.int32)
-    columns = np.arange(key_start, key_stop, dtype=np.int32)
+    rows, columns = indices[0][start:stop], indices[1][key_start:key_stop]
     return visible(spec, rows, columns, q_segments, kv_segments)
 
 
@@ -97,11 +97,13 @@ def _forward(spec, q, k, v, q_segments, kv_segments):
     kv_heads = k.shape[2]
     group = q.shape[2] // kv_heads
     queries = _heads(q, kv_heads)
+    k, v = gather(spec, k, v)
     keys, values = (contiguous(x.transpose(0, 2, 1, 3)) for x in (k, v))
+    indices = places(spec, q.shape[1], k.shape[1])
     outs, sums = [], []
     for block in _plan(spec, q.shape[1], k.shape[1]):
         start, stop, key_start, key_stop = block
-        mask = _mask(spec, block, q_segments, kv_segments)
+        mask = _mask(spec, block, indices, q_segments, kv_segments)
         scores = product(_rows(queries, start, stop), keys[:, :, key_start:key_stop], (3, 3))
         scores = masked(scaled(spec, scores), mask)
         maximum = finite(scores.max(-1, keepdims=True))
@@ -130,7 +132,9 @@ def _dense_bwd(spec, residuals, grad):
     group = q.shape[2] // kv_heads
     queries, queries_t = _heads(q, kv_heads), _heads_transposed(q, kv_heads)
     grads, grads_t = _heads(grad, kv_heads), _heads_transposed(grad, kv_heads)
+    k, v = gather(spec, k, v)
     keys, values = (contiguous(x.transpose(0, 2, 1, 3)) for x in (k, v))
+    indices = places(spec, q.shape[1], k.shape[1])
     # sum_s P dP of a row equals its dO . O (arXiv 2205.14135, appendix B.2).
     delta = (grad.astype(jnp.float32) * out.astype(jnp.float32)).sum(-1, keepdims=True)
     delta = _heads(delta, kv_heads)
@@ -140,7 +144,7 @@ def _dense_bwd(spec, residuals, grad):
     for block, log_sum in zip(plan, sums, strict=True):
         start, stop, key_start, key_stop = block
         block_k, block_v = keys[:, :, key_start:key_stop], values[:, :, key_start:key_stop]
-        mask = _mask(spec, block, q_segments, kv_segments)
+        mask = _mask(spec, block, indices, q_segments, kv_segments)
         scores = scaled(spec, product(_rows(queries, start, stop), block_k, (3, 3)))
         weights = jnp.exp2(masked(scores - log_sum, mask))
         dweights = product(_rows(grads, start, stop), block_v, (3, 3))
@@ -158,7 +162,7 @@ def _dense_bwd(spec, residuals, grad):
         jnp.concatenate(parts, axis=3).astype(x.dtype).transpose(0, 3, 1, 2)
         for parts, x in ((dk, k), (dv, v))
     )
-    return _merge(dq, group, q.dtype), dk, dv, None, None
+    return _merge(dq, group, q.dtype), *scatter(spec, dk, dv), None, None
 
 
 _dense.defvjp(_dense_fwd, _dense_bwd)

@@ -27,12 +27,12 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from lm.config import ConfigError, ModelConfig
-from lm.layers.attention import attention
+from lm.layers.attention_context import mesh_attention
 from lm.layers.linear import Linear, Plug
 from lm.layers.norms import RMSNorm
 from lm.layers.parameters import Stack, fan_in_std
 from lm.layers.rotary import yarn_mscale
-from lm.layers.self_attention import Cache, Rotation, SelfAttention, attend_cache
+from lm.layers.self_attention import Cache, Rotation, SelfAttention, append, attend_cache
 from lm.sharding import constrain
 
 EPS = 1e-6
@@ -101,9 +101,8 @@ class MLA(nnx.Module):
         if cache is None:
             out = self._attend(q_nope, q_rope, latent, k_rope, rotation, window, plug, layer)
         else:
-            new = jnp.concatenate([latent[:, :, None], k_rope], axis=-1).astype(cache.keys.dtype)
-            start = (0, rotation.cache_index, 0, 0)
-            cache = Cache(jax.lax.dynamic_update_slice(cache.keys, new, start), None)
+            new = jnp.concatenate([latent[:, :, None], k_rope], axis=-1)
+            cache = Cache(append(cache.keys, new, rotation.cache_index), None)
             out = self._attend_cache(q_nope, q_rope, cache, rotation, window)
         return self.out(out.reshape(*x.shape[:2], -1), plug, layer), cache
 
@@ -122,7 +121,7 @@ class MLA(nnx.Module):
         # Attention kernels take heads of one width, so the narrower ones are filled up with zeros.
         width = max(mla.qk_head_dim, mla.v_head_dim)
         q, k, v = (jnp.pad(y, [(0, 0)] * 3 + [(0, width - y.shape[-1])]) for y in (q, k, v))
-        out = attention(
+        out = mesh_attention(
             q,
             k,
             v,
@@ -131,6 +130,8 @@ class MLA(nnx.Module):
             scale=self.scale,
             soft_cap=config.attention_soft_cap,
             implementation=config.attention,
+            pieces=rotation.pieces,
+            row_segment_ids=rotation.row_segment_ids,
         )
         return out[..., : mla.v_head_dim]
 

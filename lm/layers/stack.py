@@ -87,7 +87,15 @@ def plan(kinds: tuple[Any, ...], looped: bool = True) -> list[Run]:
     return runs
 
 
-def run_layers(blocks: dict[str, nnx.Module], x, rotation, config: ModelConfig, plug, per_layer):
+def run_layers(
+    blocks: dict[str, nnx.Module],
+    x,
+    rotation,
+    config: ModelConfig,
+    plug,
+    per_layer,
+    routing=None,
+):
     """Run all layers on x [B, T, D].
 
     Without a loop (`config.unroll`) nothing the backward pass needs is copied into and out of
@@ -98,6 +106,7 @@ def run_layers(blocks: dict[str, nnx.Module], x, rotation, config: ModelConfig, 
         the cache too, if it is given: then there is no loop, and the new cache is `Unstacked`.
       per_layer: what each layer gets of its own besides parameters, stacked over all layers:
         (cache or None, active or None).
+      routing: a `lm.layers.merged.Routing`, which all layers get; None where no weights are routed.
 
     Returns:
       x; the auxiliaries of "layers", stacked; the cache.
@@ -111,7 +120,7 @@ def run_layers(blocks: dict[str, nnx.Module], x, rotation, config: ModelConfig, 
         name, window = kind
         layer, (cache, active) = shared
         block = nnx.merge(split[name][0], state)
-        return block(x, rotation, window, plug, layer, cache, active)
+        return block(x, rotation, window, plug, layer, cache, active, routing)
 
     def body(x, scanned, kinds, counts):
         states, shared = scanned

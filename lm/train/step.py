@@ -9,15 +9,18 @@ import jax.numpy as jnp
 import optax
 
 from lm import model
+from lm.config import check
 from lm.layers import moe
 from lm.layers.adapters import join, partition
+from lm.layers.attention_context import cut, pieces_of
 from lm.layers.linear import Plug, Site
 from lm.loss import cross_entropy
+from lm.sharding import over_replicas, replica_sum, sequence_norms
 from lm.train.config import RunConfig
 from lm.train.guard import judge
 from lm.train.modular import branch_flags, step_metrics
 from lm.train.multitask import dominance, make_task_gradient, summed
-from lm.train.quantization import Products, plug_at
+from lm.train.quantization import Products, Quantization, plug_at
 from lm.train.state import TrainState
 
 Batch = dict[str, jax.Array]
@@ -35,24 +38,31 @@ def loss_sum(
 
     `active`: what is back-propagated, as in `lm.model.hidden`.
     """
-    x, auxiliary = model.hidden(
-        config.model,
-        params,
-        batch["tokens"],
-        segment_ids=batch["segment_ids"],
-        positions=batch["positions"],
-        plug=plug,
-        active=active,
-    )
-    nll = cross_entropy(
-        x,
-        model.head_kernel(config.model, params),
-        batch["targets"],
-        batch["weights"],
-        soft_cap=config.model.logit_soft_cap,
-        implementation=config.model.loss,
-        dot_general=plug(Site("head")) if plug else None,
-    )
+    names = "tokens", "targets", "segment_ids", "positions", "weights"
+    batch = {name: batch[name] for name in names}
+    pieces = pieces_of(batch["tokens"].shape)
+    if pieces:  # a sum over tokens does not mind their order
+        batch = dict(zip(batch, cut(pieces, *batch.values()), strict=True))
+    with sequence_norms(config.mesh.sequence_norms):
+        x, auxiliary = model.hidden(
+            config.model,
+            params,
+            batch["tokens"],
+            segment_ids=batch["segment_ids"],
+            positions=batch["positions"],
+            plug=plug,
+            active=active,
+            pieces=pieces,
+        )
+        nll = cross_entropy(
+            x,
+            model.head_kernel(config.model, params),
+            batch["targets"],
+            batch["weights"],
+            soft_cap=config.model.logit_soft_cap,
+            implementation=config.model.loss,
+            dot_general=plug(Site("head")) if plug else None,
+        )
     return nll.total, auxiliary
 
 
@@ -81,19 +91,28 @@ def make_train_step(
             (jnp.sum(value) for name, value in auxiliary.items() if name.startswith("loss/")),
             start=jnp.zeros((), jnp.float32),
         )
-        # Layer losses are means over tokens already: average them over the micro-batches.
-        return loss + extra / config.micro_batches, (loss, auxiliary)
+        # Layer losses are means over tokens already: average them over micro-batches and replicas.
+        return loss + extra / (config.micro_batches * replica_sum(1)), (loss, auxiliary)
+
+    if config.mesh.replica > 1 and isinstance(products, Quantization):
+        check(
+            not products.recipe.needs_state,
+            f"quant.recipe {config.quant.recipe} keeps bases between steps, which replicas would "
+            f"each make anew: mesh.replica must be 1, got {config.mesh.replica}; use mesh.data",
+        )
 
     # The "gradient" of the bases is the new bases.
     grad_fn = jax.value_and_grad(loss_fn, has_aux=True)
 
     def gradient(params, bases, frozen, batch, active, step):
-        tokens = jnp.maximum(jnp.sum(batch["weights"]), 1.0)
+        tokens = jnp.maximum(replica_sum(jnp.sum(batch["weights"])), 1.0)
         if config.micro_batches == 1:
             (_, (loss, auxiliary)), grads = grad_fn(
                 (params, bases), frozen, batch, tokens, active, step
             )
-            return loss, *grads, auxiliary
+            grads, bases = grads
+            loss, grads = replica_sum((loss, grads))
+            return loss, grads, bases, mean_over_replicas(auxiliary)
 
         # Micro-batch m takes rows m, m + M, ...: every device splits the rows it holds already.
         def split(x):
@@ -112,8 +131,10 @@ def make_train_step(
         start = (jnp.zeros((), jnp.float32), zeros, bases)
         parts = jax.tree.map(split, batch), jnp.arange(config.micro_batches)
         (loss, grads, bases), auxiliary = jax.lax.scan(accumulate, start, parts)
+        loss, grads = replica_sum((loss, grads))  # once, however many micro-batches
         grads = jax.tree.map(lambda g, p: g.astype(p.dtype), grads, params)
-        return loss, grads, bases, jax.tree.map(lambda x: jnp.mean(x, axis=0), auxiliary)
+        auxiliary = jax.tree.map(lambda x: jnp.mean(x, axis=0), auxiliary)
+        return loss, grads, bases, mean_over_replicas(auxiliary)
 
     tasks = config.optim.tasks
 
@@ -127,7 +148,7 @@ def make_train_step(
             loss, grads, auxiliary, extra["present"] = per_task(state.params, batch)
         else:
             active = branch_flags(config, state.opt_state)
-            loss, grads, bases, auxiliary = gradient(
+            loss, grads, bases, auxiliary = over_replicas(gradient, 3)(
                 trained, bases, frozen, batch, active, state.step
             )
         norms = group_norms(summed(grads) if tasks else grads)
@@ -172,9 +193,14 @@ def make_eval_step(config: RunConfig, plug: Plug | None = None):
 
     def step(params: model.Params, batch: Batch) -> tuple[jax.Array, jax.Array]:
         total, _ = loss_sum(config, params, batch, plug)
-        return total, jnp.sum(batch["weights"])
+        return replica_sum((total, jnp.sum(batch["weights"])))
 
-    return step
+    return over_replicas(step, 1)
+
+
+def mean_over_replicas(tree: Any) -> Any:
+    """Of what every replica found on its own tokens."""
+    return jax.tree.map(lambda x: replica_sum(x) / replica_sum(1), tree)
 
 
 def group_norms(tree: Any) -> dict[str, jax.Array]:

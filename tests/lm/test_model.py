@@ -365,7 +365,7 @@ def test_cache_has_room_for_every_layer():
     config = ModelConfig(**SIZES | dict(num_kv_heads=2, dtype="bfloat16"))
     cache = model.init_cache(config, 3, 10)
     assert isinstance(cache, Cache) and cache.keys.dtype == jnp.bfloat16
-    assert cache.keys.shape == cache.values.shape == (2, 3, 10, 2, 8)
+    assert cache.keys.shape == cache.values.shape == (2, 3, 2, 10, 8)
 
 
 @pytest.mark.parametrize("pattern", [(), ("sliding", "sliding", "full")])

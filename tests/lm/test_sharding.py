@@ -19,10 +19,11 @@ def mesh():
 
 def test_mesh_fills_data_with_what_is_left():
     mesh = make_mesh({"data": -1, "tensor": 2})
-    assert dict(mesh.shape) == {"data": 4, "fsdp": 1, "expert": 1, "context": 1, "tensor": 2}
+    sizes = {"replica": 1, "data": 4, "fsdp": 1, "expert": 1, "context": 1, "tensor": 2}
+    assert dict(mesh.shape) == sizes
     assert all(kind == AxisType.Auto for kind in mesh.axis_types)
     # Neighbouring devices differ along tensor.
-    assert [d.id for d in mesh.devices[0].flat] == [0, 1]
+    assert [d.id for d in mesh.devices[0, 0].flat] == [0, 1]
 
 
 def test_mesh_may_leave_devices_unused():

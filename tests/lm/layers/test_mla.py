@@ -139,13 +139,13 @@ def test_layer_is_the_naive_one_at_once_and_from_the_cache(changes, rng):
         )
         y, cache = run(x[None, start:stop], rotation, cache)
         np.testing.assert_allclose(y[0], expected[start:stop], rtol=2e-4, atol=2e-5)
-    np.testing.assert_array_equal(cache.keys[:, T:], 1e3)
+    np.testing.assert_array_equal(cache.keys[:, :, T:], 1e3)
 
 
 def test_cache_holds_one_latent_and_one_rotary_key_for_all_heads():
     config = make(dtype="bfloat16")
     cache = model.init_cache(config, 3, 16)
-    assert [leaf.shape for leaf in jax.tree.leaves(cache)] == [(2, 3, 16, 1, RANK + ROPE)]
+    assert [leaf.shape for leaf in jax.tree.leaves(cache)] == [(2, 3, 1, 16, RANK + ROPE)]
     assert cache.keys.dtype == jnp.bfloat16 and cache.values is None
 
 

@@ -39,14 +39,14 @@ def test_one_token_at_a_time_equals_all_at_once(getkey, rng, changes, window, na
     x = jnp.asarray(rng.normal(size=(2, T, 16)), jnp.float32)
     whole, none = layer(x, rotation(config, np.arange(T)[None].repeat(2, 0)), window)
     assert none is None
-    shape = (2, 12, config.num_kv_heads, config.head_dim)
+    shape = (2, config.num_kv_heads, 12, config.head_dim)
     cache = Cache(jnp.full(shape, 1e3), jnp.full(shape, 1e3))  # what is not written is not read
     step = jax.jit(lambda x, r, cache: layer(x, r, window, cache=cache))
     for t in range(T):
         r = rotation(config, [[t], [t]], index=jnp.int32(t))
         y, cache = step(x[:, t : t + 1], r, cache)
         np.testing.assert_allclose(y[:, 0], whole[:, t], rtol=1e-4, atol=1e-5)
-    np.testing.assert_array_equal(cache.keys[:, T:], 1e3)
+    np.testing.assert_array_equal(cache.keys[:, :, T:], 1e3)
 
 
 def test_padding_on_the_left_is_never_seen(getkey, rng):
@@ -56,7 +56,7 @@ def test_padding_on_the_left_is_never_seen(getkey, rng):
     junk = jnp.full((1, 3, 16), 50.0)
     positions = [np.maximum(np.arange(T + 3) - 3, 0)]
     r = rotation(config, positions, index=jnp.int32(0), padding=jnp.asarray([3]))
-    empty = Cache(*(jnp.zeros((1, T + 3, 4, 4)) for _ in range(2)))
+    empty = Cache(*(jnp.zeros((1, 4, T + 3, 4)) for _ in range(2)))
     y, _ = layer(jnp.concatenate([junk, x], axis=1), r, None, cache=empty)
     np.testing.assert_allclose(y[:, 3:], expected, rtol=1e-4, atol=1e-5)
     np.testing.assert_array_equal(y[:, :3], 0)  # padding sees nothing, and is finite
