@@ -7,8 +7,8 @@ in the page cache: all bytes are read into fresh memory (`readinto`, one file af
 as many threads as loading uses), and `lm.hf.load` makes parameters of them. Each measurement is a
 process of its own, because memory that it used before is cheaper than fresh one; 3 GiB are touched
 and given back first, for in a virtual machine pages that were never used can cost several times as
-much, whoever happens to get them. A loader's time does not count imports. Medians, quartiles in brackets, and the peak of the process's memory above
-what it was before.
+much, whoever happens to get them. A loader's time does not count imports. Medians, quartiles in
+brackets, and the peak of the process's memory above what it was before.
 """
 
 import argparse

@@ -50,7 +50,8 @@ def parse_run(argv: Sequence[str] | None = None) -> RunConfig:
         name, words = _take_recipe(words)
         default = recipes.get(name)
         given = _given_flags(words, default)
-        default = _from_hf(default, given.get("init.from_hf", ""), given.get("init.peft", ""))
+        names = ("init.from_hf", "init.peft", "init.task")
+        default = _from_hf(default, *(given.get(name, "") for name in names))
         default = _open_defaults(default, given)
         config = _parse(words, default, f"{program} {name}")
         check(
@@ -156,14 +157,14 @@ def _nearest_flag(name: str, known: dict[str, str]) -> str:
     return f": did you mean {' or '.join(known[key] for key in near)}?"
 
 
-def _from_hf(default: RunConfig, path: str, peft: str) -> RunConfig:
+def _from_hf(default: RunConfig, path: str, peft: str, task: str) -> RunConfig:
     """The recipe with the model and the tokenizer of a Hugging Face folder, if one is given, and
     with the adapters of a PEFT folder."""
     if not path:
         return default
     from lm import hf
 
-    ours, theirs = default.model, hf.load_config(path)
+    ours, theirs = default.model, hf.load_config(path, task=task or None)
     kept = ("dtype", "param_dtype", "remat", "unroll", "attention", "loss", "adapter")
     model = dataclasses.replace(theirs, **{name: getattr(ours, name) for name in kept})
     if peft:

@@ -31,9 +31,13 @@ class ConvertArgs:
     """A Hugging Face folder, a run folder or one of its checkpoints, or an Orbax checkpoint."""
     dst: tyro.conf.Positional[str]
     """The folder to write; must not exist, or be empty."""
-    to: Literal["auto", "hf", "run", "orbax", "peft"] = "auto"
+    to: Literal["auto", "hf", "run", "orbax", "peft", "dense", "experts"] = "auto"
     """Kind of folder to write. auto is run for a Hugging Face folder and hf for all others, or with
-    --peft. peft is the LoRA adapter of a run by itself; the others get it merged."""
+    --peft. peft is the LoRA adapter of a run by itself; the others get it merged. dense and experts
+    are Hugging Face folders of merged models with routed weights that are the same function as a
+    dense model, or one with standard expert layers; others are refused."""
+    task: str | None = None
+    """Of a model merged by surgery: whose corrections to take along, or none."""
     peft: str = ""
     """A folder of PEFT's with LoRA adapters of SRC, a Hugging Face folder: merged into it."""
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
@@ -94,6 +98,13 @@ def convert(args: ConvertArgs) -> str:
     source = _read(args, foreign)
     to = args.to if args.to != "auto" else "run" if foreign and not args.peft else "hf"
     tokenizer = args.tokenizer or source.tokenizer
+    if to in ("dense", "experts"):
+        from lm.merging.adaptive.standard import as_dense, as_experts
+
+        make = as_dense if to == "dense" else as_experts
+        config, params = make(source.config, source.params)
+        family = source.family if to == "dense" else None
+        source, to = source._replace(config=config, params=params, family=family), "hf"
     if to == "hf":
         size = round(args.shard_size * 1e9)
         family = args.family or source.family
@@ -125,12 +136,13 @@ def _read(args: ConvertArgs, foreign: bool) -> Source:
     src = Path(args.src)
     if foreign:
         check(args.step is None, f"{src} is a Hugging Face folder: it has no step {args.step}")
-        config, params = hf.load(src, args.dtype)
+        config, params = hf.load(src, args.dtype, task=args.task)
         if args.peft:
             config, params = hf.load_adapter(args.peft, config, params)
             if args.to != "peft":
                 config, params = adapters.merge(config, params)
         return Source(config, params, str(src), read_json(src / "config.json")["model_type"])
+    check(args.task is None, f"--task is for a merged Hugging Face folder, not for {src}")
     if (src / _MODEL).is_file():
         source = _read_orbax(src)
     else:

@@ -41,6 +41,8 @@ class EvaluateArgs:
     """Checkpoint to take; None is the newest good one."""
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
     """Dtype that a Hugging Face folder is loaded in; None keeps its own."""
+    task: str | None = None
+    """Of a model merged by surgery: whose corrections act, or none."""
     json: bool = False
     """Print one JSON object instead of lines."""
     mesh: MeshConfig = dataclasses.field(default_factory=lambda: MeshConfig(data=1))
@@ -97,7 +99,7 @@ def _parse(words: list[str]) -> EvaluateArgs:
         return tyro.cli(EvaluateArgs, args=words, description=__doc__)
     if words[0].startswith("-"):
         raise ConfigError(f"the run comes first: evaluate.py RUN ... {words[0]}")
-    run = run_config(words[0]).data
+    run = run_config(words[0], _value(words, "--task")).data
     source, path = _value(words, "--data.source"), _value(words, "--data.path")
     data = run
     tasks, texts = _value(words, "--tasks"), (source, path) != (None, None)
@@ -141,7 +143,7 @@ def _run(args: EvaluateArgs) -> str:
     from lm.train.step import make_eval_step
 
     enable_compilation_cache()
-    run = load_run(args.model, args.step, args.dtype)
+    run = load_run(args.model, args.step, args.dtype, args.task)
     config = run.config
     foreign = hf.is_hf(args.model)
     texts = (args.data.source, args.data.path), (config.data.source, config.data.path)
@@ -207,7 +209,7 @@ def _run_tasks(args: EvaluateArgs) -> str:
     from lm.train.quantization import make_quantization
 
     enable_compilation_cache()
-    run = load_run(args.model, args.step, args.dtype)
+    run = load_run(args.model, args.step, args.dtype, args.task)
     config, template = run.config, None
     if args.apply_chat_template:
         template = load_template(config.data.tokenizer, config.data.chat_template)

@@ -43,6 +43,8 @@ class GenerateArgs:
     """Checkpoint to take; None is the newest good one."""
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
     """Dtype that a Hugging Face folder is loaded in; None keeps its own."""
+    task: str | None = None
+    """Of a model merged by surgery: whose corrections act, or none."""
 
     def __post_init__(self):
         surrogates = any(0xD800 <= ord(c) < 0xE000 for c in self.prompt)
@@ -82,7 +84,7 @@ def _run(args: GenerateArgs) -> None:
 
     sampling = Sampling(temperature=args.temperature, top_k=args.top_k, top_p=args.top_p)
     enable_compilation_cache()
-    run = load_run(args.model, args.step, args.dtype)
+    run = load_run(args.model, args.step, args.dtype, args.task)
     tokenizer, prompt, prefix, shown = run.tokenizer, args.prompt, run.prefix, args.prompt
     if args.chat:
         tokenizer, prompt = _conversation(args, run)

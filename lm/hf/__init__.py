@@ -6,8 +6,9 @@
 """
 
 from lm.hf.families import FAMILIES
+from lm.hf.merged import load, load_config, load_params
 from lm.hf.peft import adapter_config, adapter_params, load_adapter, save_adapter
-from lm.hf.reader import is_hf, load, load_config, load_params
+from lm.hf.reader import is_hf
 from lm.hf.writer import save
 
 __all__ = [

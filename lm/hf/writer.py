@@ -17,9 +17,11 @@ import numpy as np
 from lm import model
 from lm.config import DTYPES, ConfigError, ModelConfig, check
 from lm.files import atomic_write_json, explain_os_error, sync_folder
+from lm.hf import merged
 from lm.hf.config import choose_family, write_config
 from lm.hf.tensors import Leaf, by_path, check_range, dtypes, leaves, stored_shape
 from lm.hf.tokenizer import copy_tokenizer, token_ids
+from lm.layers.merged import is_part
 from lm.merging.store.writer import ShardFiles, make_layout
 from lm.merging.types import StorageError, TensorInfo
 
@@ -60,14 +62,16 @@ def save(
     check(dtype is None or dtype in DTYPES, f"dtype must be {', '.join(DTYPES)}, got {dtype!r}")
     check(shard_size > 0, f"shard_size must be above 0, got {shard_size}")
     folder = Path(os.path.realpath(path))  # a link stays, what it names is written
-    kind = choose_family(config, family)
-    wanted = leaves(kind, config)
-    arrays = by_path(params)
+    dense, every = merged.plain(config), by_path(params)
+    kind = choose_family(dense, family)
+    wanted = leaves(kind, dense)
+    arrays = {path: array for path, array in every.items() if not is_part(path)}
     _check_params(wanted, arrays)
-    content = write_config(kind, config, _main_dtype(arrays, dtype))
+    merged.check_parts(config, every)
+    content = write_config(kind, dense, _main_dtype(arrays, dtype))
     content |= token_ids(tokenizer, config.vocab_size)
     kept = {path: str(array.dtype) for path, array in arrays.items()}
-    outputs = _outputs(wanted, dtypes(config, dtype) if dtype else kept)
+    outputs = _outputs(wanted, dtypes(dense, dtype) if dtype else kept)
     try:
         if folder.exists() and any(folder.iterdir()):
             raise ConfigError(f"{folder} is not empty: choose another folder or remove it")
@@ -75,6 +79,7 @@ def save(
         building.mkdir(parents=True)
         try:
             _write_weights(building, outputs, arrays, shard_size)
+            merged.write_parts(building, config, every)
             copy_tokenizer(tokenizer, building)
             atomic_write_json(building / "config.json", content)
             sync_folder(building)

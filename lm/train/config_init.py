@@ -20,7 +20,14 @@ class InitConfig:
     """A folder of PEFT's with LoRA adapters of init.from_hf, whose training goes on; the flags of
     model.adapter follow its adapter_config.json."""
 
+    task: str = ""
+    """Whose corrections a folder of surgery, init.from_hf, has (lm.merging.adaptive), or "none"."""
+
     def __post_init__(self):
+        check(
+            bool(self.from_hf) or not self.task,
+            f"init.task {self.task} is for a merged model given as init.from_hf",
+        )
         check(
             not (self.from_run and self.from_hf),
             "init.from_run and init.from_hf are both given: parameters come from one of them",

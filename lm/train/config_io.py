@@ -11,12 +11,13 @@ from lm.train.config import RunConfig
 
 ADDED = {
     "data": {"format", "chat_template", "skip_long"},
-    "init": {"peft"},
+    "init": {"peft", "task"},
     "log": {"spectra", "experts"},
     "model": {
         *("adapter", "moe", "attention_kind", "mla", "rope_interleave"),
         *("rope_theta_local", "positions", "norm", "norm_position", "norm_unit_offset"),
         *("qk_norm_full", "query_pre_attn_scalar", "attention_soft_cap", "embedding_scale"),
+        "merged",
     },
     "model.moe": {"d_shared", "shared_gate", "dense_layers"},
     "model.rope_scaling": {"mscale", "mscale_all_dim"},

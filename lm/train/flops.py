@@ -5,7 +5,7 @@ rematerialization repeats, no optimizer, no elementwise work. A multiply-add is 
 """
 
 from lm.config import ConfigError, ModelConfig
-from lm.layers import mla, moe_heads
+from lm.layers import merged, mla, moe_heads
 from lm.layers.adapters import layer_size
 
 # Matrices of d_model x d_ff in one MLP.
@@ -41,7 +41,7 @@ def parameter_count(config: ModelConfig, active: bool = False) -> int:
         embeddings += config.max_context * d
     per_layer += layer_size(config).total
     layers = config.num_layers * per_layer + _matmul_parameters(config, active)
-    return layers + embeddings + norm  # the last norm
+    return layers + embeddings + norm + merged.parameter_count(config)  # the last norm
 
 
 def model_flops_per_token(config: ModelConfig, sequence_length: int, causal: bool) -> float | None:
@@ -62,6 +62,7 @@ def model_flops_per_token(config: ModelConfig, sequence_length: int, causal: boo
     if config.mlp not in (*MLP_MATRICES, "moe"):
         return None
     weights = _matmul_parameters(config) + config.vocab_size * config.d_model
+    weights += merged.parameter_count(config)  # routed task vectors all work on a token
     windows = config.windows
     keys = 0.0
     for layer in range(config.num_layers):

@@ -28,12 +28,13 @@ class LoadedRun(NamedTuple):
     """Tokens in front of a prompt; None is the tokenizer's separator."""
 
 
-def run_config(path: str | Path) -> RunConfig:
+def run_config(path: str | Path, task: str | None = None) -> RunConfig:
     """The configuration of the run that `path` is or lies in, or one made for a Hugging Face
-    folder: its model, its tokenizer, and no text."""
+    folder: its model, its tokenizer, and no text. `task` as of `lm.hf.load`."""
     if not hf.is_hf(path):
+        check(task is None, f"{path} is a run: it has no task {task!r}")
         return load_run_config(locate(path)[0])
-    found = hf.load_config(path)
+    found = hf.load_config(path, task=task)
     return RunConfig(
         recipe="",
         model=found,
@@ -52,20 +53,27 @@ def locate(path: str | Path) -> tuple[Path, int | None]:
     return (path.parent if path.name == "checkpoints" else path), None
 
 
-def load_run(path: str | Path, step: int | None = None, dtype: str | None = None) -> LoadedRun:
+def load_run(
+    path: str | Path,
+    step: int | None = None,
+    dtype: str | None = None,
+    task: str | None = None,
+) -> LoadedRun:
     """Configuration and parameters, on the first device.
 
     Args:
       path: run folder, its `checkpoints` folder, one checkpoint in it, or a Hugging Face folder.
       step: checkpoint to take; None is the one that `path` names, or the newest good one.
       dtype: of the parameters and activations of a Hugging Face folder; None keeps its own.
+      task: whose corrections a merged model gets (`lm.hf.load`).
 
     Raises:
       ConfigError: no run there, or its tokenizer is not the one that it was trained with.
       CheckpointError: no good checkpoint.
     """
     if hf.is_hf(path):
-        return _load_hf(path, step, dtype)
+        return _load_hf(path, step, dtype, task)
+    check(task is None, f"{path} is a run: it has no task {task!r}")
     check(dtype is None, "dtype is for Hugging Face folders: a run has its own")
     folder, named = locate(path)
     config = load_run_config(folder)
@@ -86,11 +94,11 @@ def load_run(path: str | Path, step: int | None = None, dtype: str | None = None
     return LoadedRun(config, state["params"], found, tokenizer)
 
 
-def _load_hf(path: str | Path, step: int | None, dtype: str | None) -> LoadedRun:
+def _load_hf(path: str | Path, step: int | None, dtype: str | None, task: str | None) -> LoadedRun:
     check(step is None, f"{path} is a Hugging Face folder: it has no step {step}")
-    config = run_config(path)
+    config = run_config(path, task)
     tokenizer = load_tokenizer(str(path))
     check_vocabulary(tokenizer, str(path), config.model.vocab_size)
-    found, params = hf.load(path, dtype)
+    found, params = hf.load(path, dtype, task=task)
     config = dataclasses.replace(config, model=found)
     return LoadedRun(config, params, 0, tokenizer, prompt_ids(path))

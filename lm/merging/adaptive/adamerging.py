@@ -19,19 +19,19 @@ from collections.abc import Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
-import jax
 import numpy as np
 
 from lm import model
-from lm.config import ModelConfig
-from lm.merging.adaptive.data import Batch, Rows, batch_of, stacked
-from lm.merging.adaptive.models import Models, Piece, Tree, host
-from lm.merging.adaptive.objective import Monitor, task_entropies
+from lm.host import release_memory
+from lm.merging.adaptive.data import Rows, batch_of, stacked
+from lm.merging.adaptive.gradient import Gradient, entropy_gradient
+from lm.merging.adaptive.models import Models, Piece, Tree
+from lm.merging.adaptive.objective import Monitor
 from lm.merging.adaptive.vectors import Vectors
 
 __all__ = ["Coefficients", "Learner", "apply_coefficients"]
 
-_KEPT = 1 << 26
+_KEPT = 1 << 24
 """Elements of a tensor of all models that are kept between its inner products and its merge."""
 _LARGE = 1 << 28
 """Bytes of a model from which on activations are computed again for the gradient."""
@@ -119,35 +119,36 @@ class Learner:
         """One step of all tasks; gives their entropies and warnings of the monitor."""
         if self._params is None:
             self._params = self.models.place(self._over_tensors(self._rebuild))
+        release_memory()  # of the models that went by
         found, grads = self._gradient(step)
         self._params = None  # before the next model is built
+        release_memory()  # of compiling
         new = self._stepped(grads, step)
         del grads
         self._params = self.models.place(new)
         return [e for e, _ in found], self.monitor.see([m for _, m in found])
 
-    def _gradient(self, step: int) -> tuple[list[tuple[float, float]], Tree]:
+    def _gradient(self, step: int) -> tuple[list[tuple[float, float]], Gradient]:
         """(entropy, marginal entropy) of every task, and the gradient of the sum of entropies."""
         size, positions = self.options["batch_size"], self.options["positions"]
         batches = [
             batch_of(rows, step, size=size, positions=positions, seed=self.seed, stream=number)
             for number, rows in enumerate(self.tasks)
         ]
-        answers = [rows.answers for rows in self.tasks]
-        # Of several tasks at once, so that no second gradient exists to be added to.
-        sums, grads = _entropy_gradient(
+        sums, grads = entropy_gradient(
             self._config,
-            self.options["average_logits"],
             self._params,
             stacked(batches, positions),
-            answers,
+            [rows.answers for rows in self.tasks],
+            average_logits=self.options["average_logits"],
+            diversity=self.options["diversity"],
         )
         found = [(float(each.entropy), float(each.marginal)) for each in sums]
         if not np.isfinite(found).all():
             raise FloatingPointError(f"the entropies of step {step} are not finite: {found}")
-        return found, host(grads)
+        return found, grads
 
-    def _stepped(self, grads: Tree, step: int) -> Tree:
+    def _stepped(self, grads: Gradient, step: int) -> Tree:
         """The parameters after the coefficients' step."""
         rate, clip = self.options["learning_rate"], self.options["clip"]
         if self.options["layer_wise"]:
@@ -169,11 +170,11 @@ class Learner:
         for piece in self.models.cuts[name]:
             yield piece, self.vectors(piece)
 
-    def _inner(self, grads: Tree, pieces) -> np.ndarray:
+    def _inner(self, grads: Gradient, pieces) -> np.ndarray:
         """<G, tau_k> of a tensor: float32 products, sums of pieces in float64."""
         total = np.zeros(self.vectors.count)
         for piece, (_, deltas) in pieces:
-            flat = self.models.flat(grads, piece)
+            flat = grads.flat(self.models, piece)
             total += [float(np.dot(flat, delta)) for delta in deltas]
         return total
 
@@ -190,16 +191,6 @@ class Learner:
     def _map(self, work) -> list[Any]:
         with concurrent.futures.ThreadPoolExecutor(self.jobs) as pool:
             return list(pool.map(work, self.models.infos))
-
-
-@partial(jax.jit, static_argnames=("config", "average"))
-def _entropy_gradient(config: ModelConfig, average: bool, params, batch: Batch, answers):
-    def loss(params):
-        sums = task_entropies(config, params, batch, answers, average)
-        return sum(each.entropy for each in sums), sums
-
-    grads, sums = jax.grad(loss, has_aux=True)(params)
-    return sums, grads
 
 
 def merged_piece(

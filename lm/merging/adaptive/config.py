@@ -140,6 +140,10 @@ def parse_adaptive(
         values = [getattr(task, key) for task in tasks]
         if repeated := [value for value in values if values.count(value) > 1]:
             raise MergeError(f"{place}: two tasks have the {what} {repeated[0]!r}")
+    _check_tasks(method, tasks, base)
+    file = extras["coefficients"]
+    if file is not None and not Path(file).expanduser().is_file():
+        raise MergeError(f"coefficients: there is no file {file}")
     scope = [Scope("parameters", whole)]
     dtype = data.get("dtype")
     if dtype is not None:
@@ -155,6 +159,19 @@ def parse_adaptive(
         text=json.dumps(data, indent=1) if text is None else text,
         **extras,
     )
+
+
+def _check_tasks(method: AdaptiveMethod, tasks: tuple[Task, ...], base: str | None) -> None:
+    for task in tasks:
+        if task.model == base:
+            raise MergeError(
+                f"{base} is the base_model and a model to merge: its task vector is zero, so leave "
+                "it out of models"
+            )
+        if task.name == "none" and method.name.startswith("surgery"):
+            raise MergeError("none names the model without corrections: give the task another name")
+    if method.name == "fisher" and not any(task.parameters["weight"] for task in tasks):
+        raise MergeError("fisher: all weights are 0: give a model more")
 
 
 def _models(data: dict, method: AdaptiveMethod) -> list[tuple[str, Any]]:

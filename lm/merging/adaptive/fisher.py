@@ -83,11 +83,14 @@ def fisher_mean(
       values: of each model.
       fishers: its diagonal, perhaps divided by its norm over the whole model.
       weights: c_k.
-      floor: least F; where no model has more, the mean is by c_k alone.
+      floor: least F; where no model has more, or all have 0, the mean is by c_k alone.
     """
+    nothing = np.all([fisher <= floor for fisher in fishers], axis=0)
     top: Any = 0.0
     bottom: Any = 0.0
     for value, fisher, weight in zip(values, fishers, weights, strict=True):
-        share = np.float32(weight) * np.maximum(fisher, np.float32(floor))
+        share = np.float32(weight) * np.where(
+            nothing, np.float32(1), np.maximum(fisher, np.float32(floor))
+        )
         top, bottom = top + share * value, bottom + share
     return top / bottom

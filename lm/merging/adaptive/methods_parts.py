@@ -5,9 +5,11 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
 
+from lm.hf.merged import part_arrays
+from lm.hf.tensors import by_path
 from lm.merging.adaptive import surgery, wemoe
 from lm.merging.adaptive.adamerging import apply_coefficients
 from lm.merging.adaptive.data import Batch, Rows, batch_of, stacked
@@ -71,42 +73,31 @@ def make_wemoe(session: Any, models: Models, tasks: Sequence[Rows], work: Work) 
     wemoe.check_mlp(models.config)
     weights = [task.parameters["weight"] for task in config.models]
     pruned = config.merge_method == "e_wemoe"
-    vectors = Vectors(models)
-    cuts = _cuts(models, vectors, options["density"]) if pruned else {}
+    deltas_of = Vectors(models)
+    cuts = _cuts(models, deltas_of, options["density"]) if pruned else {}
 
     def piece(piece: Piece) -> np.ndarray:
-        base, deltas = vectors(piece)
+        base, deltas = deltas_of(piece)
         if piece.name in cuts:
             deltas = [_prune(d, cut) for d, cut in zip(deltas, cuts[piece.name], strict=True)]
         return apply_coefficients(base, deltas, np.asarray(weights))
 
-    params = models.place(models.build(piece))
-    routed = wemoe.Routed(
-        wemoe.init_router(
-            models.config,
-            weights,
-            depth=options["router_depth"],
-            shared=pruned,
-            seed=session.seed,
-        ),
-        _mlp_vectors(models, cuts),
-        jnp.asarray(weights, jnp.float32),
-    )
-    monitor = Monitor(options["collapse"], [rows.name for rows in tasks])
-
+    names = [rows.name for rows in tasks]
+    depth = options["router_depth"]
+    ensemble = wemoe.routed(models.config, names, weights, depth=depth, shared=pruned)
+    params, vectors = models.place(models.build(piece)), _mlp_vectors(models, cuts)
+    monitor = Monitor(options["collapse"], names)
     answers = [rows.answers for rows in tasks]
 
     def batch(step: int) -> Any:
         batches = [_batch(options, rows, step, session.seed, k) for k, rows in enumerate(tasks)]
-        return stacked(batches, options["positions"]), params, routed.vectors, routed.weights
+        return stacked(batches, options["positions"]), params, vectors
 
     def loss(router, inputs):
-        batch, params, vectors, weights = inputs
-        now = wemoe.Routed(router, vectors, weights)
-        plug = wemoe.plug_of(models.config, now, batch.tokens.shape, batch.real)
-        average = options["average_logits"]
-        sums = task_entropies(models.config, params, batch, answers, average, plug)
-        return sum(each.entropy for each in sums), sums
+        batch, params, vectors = inputs
+        now = wemoe.attach(ensemble, params, router, vectors)
+        sums = task_entropies(ensemble, now, batch, answers, options["average_logits"])
+        return sum(each.loss(options["diversity"]) for each in sums), sums
 
     steps = options["steps"]
     how = Training(
@@ -115,9 +106,10 @@ def make_wemoe(session: Any, models: Models, tasks: Sequence[Rows], work: Work) 
         warn=lambda sums: monitor.see([float(each.marginal) for each in sums]),
         stop=options["stop_on_collapse"],
     )
-    router = train("router", how, routed.router, make_step(loss), batch, work, session.say)
-    arrays = flatten({"router": router, "vectors": routed.vectors, "weights": routed.weights})
-    settings = {"kind": "wemoe", "tasks": [rows.name for rows in tasks]}
+    start = wemoe.init_router(ensemble, session.seed)
+    router = train("router", how, start, make_step(loss), batch, work, session.say)
+    arrays = part_arrays(ensemble, by_path(wemoe.attach(ensemble, params, router, vectors)))
+    settings = {"kind": "wemoe", "tasks": names}
     return Result(piece, parts={"wemoe": arrays}, settings=settings)
 
 
@@ -164,5 +156,9 @@ def _mlp_vectors(models: Models, cuts: dict[str, list[float]]) -> dict[str, Any]
                 models.put(view, piece, delta)
     found: dict[str, Any] = {}
     for path, array in tree.items():
-        found.setdefault(path[2], {})[path[3]] = jax.device_put(array)
+        where = models.sharding and models.sharding[path]
+        if where:  # as the dense parameter, with the axis of the tasks behind that of the layers
+            spec = where.spec
+            where = NamedSharding(where.mesh, PartitionSpec(*spec[:1], None, *spec[1:]))
+        found.setdefault(path[2], {})[path[3]] = jax.device_put(array, where)
     return found

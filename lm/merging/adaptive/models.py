@@ -85,6 +85,12 @@ class Models:
         self.leaves = leaves(self.family, self.config)
         self._stored = []
         for store in self.stores:
+            if (folder_of(store) / "adaptive.json").is_file():
+                raise MergeError(
+                    f"{store.path} has routers or corrections besides its weights, which would be "
+                    "lost: merge what it was made of, or its weights alone (convert.py DIR OUT "
+                    "--to hf --task none)"
+                )
             family, config = self._config(store)
             if (family, config) != (self.family, self.config):
                 raise MergeError(
@@ -184,7 +190,7 @@ class Models:
         return found
 
     def flat(self, tree: Tree, piece: Piece) -> np.ndarray:
-        """A copy of the piece of a tree, flat, float32, in the order of the tensor."""
+        """The piece of a tree, flat, float32, in the order of the tensor; perhaps a view of it."""
         return joined(self.view(tree, piece))
 
     def put(self, tree: Tree, piece: Piece, values: np.ndarray) -> None:
@@ -231,7 +237,7 @@ class Models:
 
 
 def joined(parts: list[np.ndarray]) -> np.ndarray:
-    """Parts of a piece, flat, as float32 copies."""
+    """Parts of a piece, flat, in float32."""
     wide = [np.asarray(part, np.float32) for part in parts]
     return (wide[0] if len(wide) == 1 else np.concatenate(wide, -1)).reshape(-1)
 

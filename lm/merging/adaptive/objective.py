@@ -17,7 +17,6 @@ from jaxtyping import Array, Float
 
 from lm import model
 from lm.config import ModelConfig
-from lm.layers.linear import Plug
 from lm.merging.adaptive.data import Batch
 
 __all__ = [
@@ -39,6 +38,10 @@ class Sums(NamedTuple):
     marginal: Float[Array, ""]
     """Entropy of their mean, nats."""
 
+    def loss(self, diversity: float) -> Float[Array, ""]:
+        """What is minimized: certain predictions, and with `diversity` not all the same."""
+        return self.entropy - diversity * self.marginal if diversity else self.entropy
+
 
 def unrolled(config: ModelConfig) -> ModelConfig:
     """The model without loops over layers: a plug is called for every layer, in their order, and
@@ -56,11 +59,10 @@ def chosen_logits(
     params: model.Params,
     batch: Batch,
     answers: Any = None,
-    plug: Plug | None = None,
 ) -> Float[Array, "B P V"]:
     """Logits of the predictions that count; the others never exist."""
-    x, _ = model.hidden(config, params, jnp.asarray(batch.tokens), plug=plug)
-    found = model.logits(config, params, at_positions(x, batch), plug)
+    x, _ = model.hidden(config, params, jnp.asarray(batch.tokens))
+    found = model.logits(config, params, at_positions(x, batch))
     return found if answers is None else found[..., jnp.asarray(answers)]
 
 
@@ -91,17 +93,16 @@ def task_entropies(
     batch: Batch,
     answers: Sequence[Any],
     average_logits: bool = False,
-    plug: Plug | None = None,
 ) -> list[Sums]:
     """Entropies of every task of a batch in which all have equally many rows, task by task.
 
     Args:
-      config, params, plug: the model.
+      config, params: the model.
       batch: from `lm.merging.adaptive.data.stacked`.
       answers: tokens that are compared, or None, for each task.
       average_logits: see `entropy`.
     """
-    logits = chosen_logits(config, params, batch, plug=plug)
+    logits = chosen_logits(config, params, batch)
     size, sums = len(batch.tokens) // len(answers), []
     for number, own in enumerate(answers):
         part = slice(number * size, (number + 1) * size)

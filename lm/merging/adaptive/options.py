@@ -44,11 +44,14 @@ LEARNED = (
 ENTROPY = (
     _count("positions", 8),
     _switch("average_logits", False),
+    Parameter("diversity", 0.0, low=0.0),
     Parameter("collapse", 0.5, low=0.0, high=1.0),
     _switch("stop_on_collapse", False),
 )
 """Predictions of a row that count, spread evenly to the last; `average_logits` takes the entropy of
-the batch's mean logits; collapse is suspected below this share of the first marginal entropy."""
+the batch's mean logits; `diversity` times the entropy of a task's mean prediction is subtracted
+from what is minimized (information maximization, as in SHOT, arXiv 2002.08546, equation 4, with
+1); collapse is suspected below this share of the first marginal entropy."""
 COEFFICIENTS = (_switch("layer_wise", True), _switch("clip", True), *LEARNED, *ENTROPY)
 ROUTER = (Parameter("router_depth", 2, kind="integer", low=0, high=2),)
 WEMOE = (*ROUTER, *LEARNED[:-1], Parameter("learning_rate", 1e-4, low=0.0), *ENTROPY)

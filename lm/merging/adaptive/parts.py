@@ -1,8 +1,7 @@
-"""What a merged model carries beside its weights: arrays by name, and how they act on the model.
+"""Training of what a merged model has besides weights, which are small parts beside frozen ones.
 
-Corrections (`surgery`) and routed task vectors (`wemoe`) act where the model multiplies, as a plug
-(`lm.layers.linear.Plug`); so the merged model is run, generates and is evaluated by the functions
-of every other model. This file holds what they share: a program's frame, and training.
+Corrections (`surgery`) and routers (`wemoe`) are parameters of the layers of `lm.layers.merged`, so
+the merged model is run, generates and is evaluated by the functions of every other model.
 """
 
 from collections.abc import Callable
@@ -15,25 +14,13 @@ import optax
 
 from lm.merging.adaptive.work import Work
 
-__all__ = ["Training", "flatten", "make_step", "train", "unflatten"]
+__all__ = ["Training", "flatten", "make_step", "train"]
 
 
 def flatten(tree: Any) -> dict[str, np.ndarray]:
     """Arrays of nested dicts by their path, joined by dots."""
     pairs = jax.tree_util.tree_leaves_with_path(tree)
     return {".".join(str(key.key) for key in path): np.asarray(leaf) for path, leaf in pairs}
-
-
-def unflatten(arrays: dict[str, np.ndarray]) -> dict[str, Any]:
-    """Nested dicts out of `flatten`'s."""
-    result: dict[str, Any] = {}
-    for name, array in arrays.items():
-        node = result
-        *front, last = name.split(".")
-        for key in front:
-            node = node.setdefault(key, {})
-        node[last] = jnp.asarray(array)
-    return result
 
 
 class Training(NamedTuple):

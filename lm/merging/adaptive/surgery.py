@@ -25,12 +25,13 @@ from jaxtyping import Array, Float
 
 from lm import model
 from lm.config import ModelConfig
-from lm.layers.linear import Plug, Site
+from lm.layers.linear import Site
+from lm.layers.merged import corrected
 from lm.merging.adaptive.data import Batch
 from lm.merging.adaptive.objective import unrolled
 from lm.merging.types import MergeError
 
-__all__ = ["check_layers", "corrected", "init_surgery", "plug_of", "surgery_loss"]
+__all__ = ["check_layers", "features", "init_surgery", "surgery_loss"]
 
 Correction = dict[str, Any]
 """{"final": {down [d, r], up [r, d]}}, and for SurgeryV2 {"layers": the same behind [L]}."""
@@ -56,13 +57,6 @@ def init_surgery(config: ModelConfig, rank: int, layers: bool, seed: int) -> Cor
     return found | ({"layers": pair(keys[1], config.num_layers)} if layers else {})
 
 
-def corrected(x: Float[Array, "*batch D"], pair: dict[str, Array]) -> Float[Array, "*batch D"]:
-    """x - relu(x D) U, computed in float32, in the dtype of x."""
-    wide = x.astype(jnp.float32)
-    hidden = jax.nn.relu(wide @ pair["down"])
-    return (wide - hidden @ pair["up"]).astype(x.dtype)
-
-
 def check_layers(config: ModelConfig) -> None:
     """MergeError for models whose layers SurgeryV2 cannot follow."""
     if config.norm_position != "pre" or config.mlp == "moe":
@@ -73,26 +67,10 @@ def check_layers(config: ModelConfig) -> None:
         )
 
 
-def plug_of(
-    config: ModelConfig, params: model.Params, correction: Correction, tokens, positions=None
-) -> Plug:
-    """The plug that corrects a model; a new one for every program that is traced.
-
-    With corrections of layers the model's configuration must be `unrolled`.
-
-    Args:
-      config, params: the merged model.
-      correction: of the task.
-      tokens: [B, T], as given to the model.
-      positions: [B, T] of the tokens, where they do not count from 0 (behind a cache).
-    """
-    return _Residual(config, params, correction, tokens, positions).plug
-
-
 class _Residual:
     """Follows the residual stream x through the products of an unrolled model."""
 
-    def __init__(self, config, params, correction: Correction | None, tokens, positions=None):
+    def __init__(self, config, params, correction: Correction | None, tokens):
         self.config, self.params, self.correction = config, params, correction
         self.layer, self.outputs = 0, []
         x = params["embedding"][jnp.asarray(tokens).reshape(-1)].astype(config.dtype)
@@ -101,20 +79,13 @@ class _Residual:
         self.x = x
         self._shape = tokens.shape
         if config.positions == "learned":
-            if positions is None:
-                positions = jnp.tile(jnp.arange(tokens.shape[1]), tokens.shape[0])
             table = params["position_embedding"].astype(config.dtype)
-            self.x = x + table[jnp.asarray(positions).reshape(-1)]
+            self.x = x + jnp.tile(table[: tokens.shape[1]], (tokens.shape[0], 1))
 
     def plug(self, site: Site):
-        follow = self.correction is None or "layers" in self.correction
-        if site.name == "layers.attention.out" and follow:
+        if site.name == "layers.attention.out":
             return self._attention
-        if site.name == "layers.mlp.down" and follow:
-            return self._mlp
-        if site.name == "head" and self.correction is not None:
-            return self._head
-        return None
+        return self._mlp if site.name == "layers.mlp.down" else None
 
     def _attention(self, x, w, dims):
         y = jax.lax.dot_general(x, w, dims)
@@ -132,10 +103,6 @@ class _Residual:
         self.outputs.append(self.x.reshape(*self._shape, -1))
         self.layer += 1
         return y
-
-    def _head(self, x, w, dims):
-        x = corrected(x, self.correction["final"])
-        return jax.lax.dot_general(x, w, dims, preferred_element_type=jnp.float32)
 
     def _bias(self, part: str, name: str):
         linear = self.params["layers"][part][name]

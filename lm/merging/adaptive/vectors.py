@@ -41,10 +41,12 @@ class Vectors:
 
     def __call__(self, piece: Piece) -> tuple[np.ndarray, list[np.ndarray]]:
         """(theta_0, all tau_k), flat float32 arrays of the caller's own."""
-        block = self._block(piece)
-        deltas = list(block.deltas)
         if self._election is None:
-            return block.base, deltas
+            base, *others = (self.models.read(n, piece) for n in range(self.count + 1))
+            for other in others:  # in place: the arrays are fresh
+                np.subtract(other, base, out=other)
+            return base, others
+        block = self._block(piece)
         deltas = self._trimmed(block, self._election.cuts)
         total = _sum(deltas)
         positive = np.where(total == 0, self._election.positive, total > 0)

@@ -53,6 +53,7 @@ OPTIONS = {
     "learning_rate": 0.01,
     "positions": 4,
     "average_logits": False,
+    "diversity": 0.0,
     "collapse": 0.5,
     "stop_on_collapse": False,
 }

@@ -28,6 +28,9 @@ def test_fisher_mean_is_the_formula(rng):
     expected = (f * np.asarray(values, np.float64)).sum(0) / f.sum(0)
     got = fisher_mean(values, fishers, weights, floor)
     np.testing.assert_allclose(got, expected, rtol=1e-5)
+    # Without a floor too, where no model has seen anything.
+    bare = fisher_mean(values, fishers, weights, 0.0)
+    assert bare[2] == pytest.approx(np.average([v[2] for v in values], 0, weights), rel=1e-5)
     # Equal diagonals: the weighted mean.
     same = fisher_mean(values, [fishers[0]] * 3, weights, floor)
     np.testing.assert_allclose(same, np.average(values, 0, weights), rtol=1e-5)
@@ -195,6 +198,15 @@ def test_regmean_end_to_end(family, settings, merge):
         np.testing.assert_allclose(kernel, expected, rtol=1e-2, atol=2e-3)
     mean = np.mean([models.params[n]["embedding"] for n in models.names], 0)
     np.testing.assert_allclose(got["embedding"], mean, atol=1e-6)
+
+
+def test_regmean_on_several_devices_is_that_of_one(family, settings, merge):
+    models = family(count=2, num_layers=1)
+    path = settings(models, "regmean", base=False, parameters={"examples": 4})
+    one, many = (loaded(merge(path, f"on-{n}", devices=n).out) for n in (1, 8))
+    mean = np.mean([models.params[n]["layers"]["mlp"]["down"]["kernel"] for n in "ab"], 0)
+    assert np.abs(one["layers"]["mlp"]["down"]["kernel"] - mean).max() > 0.01
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4), one, many)
 
 
 def test_regmean_plus_takes_the_inputs_of_the_merged_layers(family, settings, merge):

@@ -54,6 +54,12 @@ def entry(tmp_path, **data):
         ({"parameters": {"steps": -1}}, "steps must be at least 0"),
         ({"parameters": {"weight": [0.1, 0.2]}}, "must be one value"),
         ({"parameters": {"rank": 4}}, "unknown parameter 'rank'"),
+        ({"base_model": "m/a"}, "m/a is the base_model and a model to merge"),
+        ({"coefficients": "gone.json"}, "there is no file gone.json"),
+        (
+            {"method": "fisher", "base_model": None, "parameters": {"weight": 0}},
+            "all weights are 0",
+        ),
         ({"merged": "x"}, "merged is for surgery and surgery_v2, not for adamerging"),
         ({"dtype": "int8"}, "unknown type 'int8'"),
         ({"model": "x"}, "unknown key 'model'.*did you mean 'models'"),

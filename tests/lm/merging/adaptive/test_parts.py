@@ -1,5 +1,6 @@
 """Surgery, SurgeryV2, WEMoE and E-WEMoE: what acts on a merged model beside its weights."""
 
+import functools
 import json
 
 import jax
@@ -11,11 +12,15 @@ import lm
 import lm.hf
 from lm import model
 from lm.generate import Sampling
+from lm.hf.merged import plain
+from lm.layers.merged import corrected
 from lm.merging.adaptive import surgery, wemoe
 from lm.merging.adaptive.load import load
-from lm.merging.adaptive.surgery import corrected, init_surgery, surgery_loss
+from lm.merging.adaptive.objective import unrolled
+from lm.merging.adaptive.surgery import init_surgery, surgery_loss
 
 GREEDY = Sampling(temperature=0)
+apply = jax.jit(lm.apply, static_argnums=0)
 
 
 def arrays(tree):
@@ -103,11 +108,11 @@ def test_surgery_brings_features_to_the_individual_models(family, settings, merg
     merged = load(out)
     assert merged.kind == "surgery" and merged.tasks == ("a", "b")
     tokens = jnp.asarray([list((models.folder / "a.txt").read_bytes()[:16])])
-    own = lm.apply(models.config, arrays(models.params["a"]), tokens)
+    own = apply(models.config, arrays(models.params["a"]), tokens)
     gap = {task: np.abs(merged.logits(tokens, task) - own).mean() for task in (None, "a", "b")}
     assert gap["a"] < 0.9 * gap[None] and gap["a"] < gap["b"]
     # The folder by itself is task arithmetic, for every loader.
-    plain = lm.hf.load(out, "float32")[1]
+    plain = lm.hf.load(out, "float32", task="none")[1]
     base, a, b = (models.params[n] for n in ("base", "a", "b"))
     jax.tree.map(
         lambda m, x, y, z: np.testing.assert_allclose(m, x + 0.3 * (y + z - 2 * x), atol=1e-5),
@@ -128,27 +133,29 @@ def test_surgery_of_a_given_model_and_what_it_cannot_follow(family, settings, me
     models = family(count=2)
     path = settings(models, "surgery", parameters={"steps": 1}, merged=str(models.folder / "b"))
     out = merge(path).out
-    jax.tree.map(np.testing.assert_array_equal, lm.hf.load(out, "float32")[1], models.params["b"])
+    dense = lm.hf.load(out, "float32", task="none")[1]
+    jax.tree.map(np.testing.assert_array_equal, dense, models.params["b"])
     with pytest.raises(lm.ConfigError, match="norms behind the branches: use surgery"):
         surgery.check_layers(lm.ModelConfig(norm_position="both"))
     with pytest.raises(lm.ConfigError, match="routes dense MLPs"):
         wemoe.check_mlp(lm.ModelConfig(mlp="moe"))
 
 
-def by_hand(config, params, routed, tokens, r):
+def by_hand(config, params, tokens, r):
     """The model whose MLPs are W_d + sum_k (r_k - w_k) tau_k for one row, r [L, K]."""
     layers = dict(params["layers"])
     mlp = {n: dict(v) for n, v in layers["mlp"].items()}
-    for name, vectors in routed.vectors.items():
+    for name, vectors in layers.pop("ensemble")["vectors"].items():
         for key, value in vectors.items():
-            share = (np.asarray(r) - np.asarray(routed.weights))[..., None]
+            share = (np.asarray(r) - np.asarray(config.merged.weights))[..., None]
             share = share[..., None] if key == "kernel" else share
             mlp[name][key] = mlp[name][key] + (share * np.asarray(value)).sum(1)
-    return lm.apply(config, params | {"layers": layers | {"mlp": mlp}}, tokens)
+    dense = {n: v for n, v in params.items() if n != "router"}
+    return apply(plain(config), dense | {"layers": layers | {"mlp": mlp}}, tokens)
 
 
 def make_routed(models, rng, depth, shared, count=3):
-    config = models.config
+    """(configuration, parameters) of an ensemble of model a with random routers."""
     base = models.params["base"]["layers"]["mlp"]
     others = [models.params[n]["layers"]["mlp"] for n in models.names]
     vectors = {
@@ -157,43 +164,74 @@ def make_routed(models, rng, depth, shared, count=3):
         }
         for name, part in base.items()
     }
-    weights = jnp.full(count, 0.3)
-    router = wemoe.init_router(config, [0.3] * count, depth=depth, shared=shared, seed=0)
+    tasks = list(models.names)
+    config = wemoe.routed(models.config, tasks, [0.3] * count, depth=depth, shared=shared)
+    router = wemoe.init_router(config, 0)
     router = jax.tree.map(lambda a: a + 0.2 * rng.standard_normal(a.shape).astype("f4"), router)
-    return wemoe.Routed(router, vectors, weights)
+    return config, wemoe.attach(config, arrays(models.params["a"]), router, vectors)
 
 
 @pytest.mark.parametrize("kind,depth,shared", [("llama", 2, False), ("gpt2", 1, True)])
 def test_routing_is_by_row_and_by_what_came_before(family, kind, depth, shared, rng):
     models = family(kind, count=3)
-    config, params = models.config, arrays(models.params["a"])
-    routed = make_routed(models, rng, depth, shared)
+    config, params = make_routed(models, rng, depth, shared)
+    assert jax.tree.structure(lm.init(config, jax.random.key(0))) == jax.tree.structure(params)
     tokens = jnp.asarray(rng.integers(0, 250, (2, 6)))
-
-    @jax.jit
-    def run(tokens, real=None):
-        plug = wemoe.plug_of(config, routed, tokens.shape, real)
-        return lm.apply(config, params, tokens, plug=plug)
-
+    run = jax.jit(lambda tokens, ids=None: lm.apply(config, params, tokens, segment_ids=ids))
     whole = run(tokens)
-    # Rows do not see each other, and no prediction what follows it.
+    # Rows do not see each other, no prediction what follows it, no document what is before it.
     np.testing.assert_allclose(run(tokens[:1])[0], whole[0], atol=1e-4)
     np.testing.assert_allclose(run(tokens[:, :4]), whole[:, :4], atol=1e-4)
-    r = wemoe.routes(config, params, routed, tokens)
+    packed = run(tokens.reshape(1, 12), jnp.repeat(jnp.asarray([[5, 6]]), 6, 1))
+    np.testing.assert_allclose(packed[0, 6:], whole[1], atol=1e-4)
+    assert np.abs(run(tokens.reshape(1, 12))[0, 6:] - whole[1]).max() > 1e-2
+    # In pieces behind a cache it is the same function, with padding in front too.
+    cache, padding = model.init_cache(config, 2, 9), jnp.asarray([0, 3])
+    padded = jnp.concatenate([jnp.zeros((2, 3), jnp.int32), tokens], 1)
+    padded = padded.at[0].set(jnp.pad(tokens[0], (0, 3), mode="edge"))
+    decode = jax.jit(functools.partial(model.decode, config), static_argnames=())
+    first, cache = decode(params, padded[:, :5], cache, 0, padding=padding)
+    second, cache = decode(params, padded[:, 5:], cache, 5, padding=padding)
+    pieces = jnp.concatenate([first, second], 1)
+    np.testing.assert_allclose(pieces[0, :6], whole[0], atol=1e-4)
+    np.testing.assert_allclose(pieces[1, 3:], whole[1], atol=1e-4)
+    # At a prompt's end the first layer routes by the mean over its tokens.
+    r = wemoe.routes(config, params, tokens)
     assert r.shape == (2, 2, 3) and np.abs(r[0] - r[1]).max() > 1e-4
-    # With r fixed, a row is the dense model with these weights.
-    fixed = wemoe.plug_of(config, routed, tokens.shape, fixed=r)
-    got = lm.apply(config, params, tokens, plug=fixed)
-    for row in range(2):
-        own = by_hand(config, params, routed, tokens[row : row + 1], r[row])
-        np.testing.assert_allclose(got[row], own[0], atol=2e-4)
-        dense = wemoe.specialized(config, params, routed, r[row])
-        np.testing.assert_allclose(lm.apply(config, dense, tokens)[row], own[0], atol=2e-4)
-    # The first layer's r at a prompt's end is the mean over its tokens.
-    seen = wemoe._Ensemble(config, routed, (1, 6), None, None)
-    h = rng.standard_normal((6, 32)).astype("f4")
-    mean = np.asarray(wemoe.route(routed.at(0), jnp.asarray(h)), np.float64).mean(0)
-    np.testing.assert_allclose(seen._route(jnp.asarray(h), 0)[0, -1], mean, atol=1e-5)
+    seen = []
+
+    def plug(site):
+        if site.name == f"layers.mlp.{'up' if kind == 'gpt2' else 'gate'}":
+            return lambda x, w, dims: seen.append(x) or jax.lax.dot_general(x, w, dims)
+
+    @jax.jit
+    def inputs(tokens):
+        model.hidden(unrolled(config), params, tokens, plug=plug)
+        return seen[0]
+
+    seen = [inputs(tokens)]
+    router = params["router"] if shared else params["layers"]["ensemble"]["router"]
+    router = router if shared else jax.tree.map(lambda a: a[0], router)
+    h = np.asarray(seen[0], np.float64).reshape(2, 6, -1)
+    if depth == 2:
+        hidden = router["hidden"]
+        h = np.maximum(h @ np.asarray(hidden["kernel"]) + np.asarray(hidden["bias"]), 0)
+    expected = h @ np.asarray(router["out"]["kernel"]) + np.asarray(router["out"]["bias"])
+    np.testing.assert_allclose(r[:, 0], expected.mean(1), rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_constant_routers_are_a_dense_model(family, kind, rng):
+    models = family(kind, count=3)
+    config, params = make_routed(models, rng, 0, False)
+    tokens = jnp.asarray(rng.integers(0, 250, (2, 6)))
+    assert wemoe.constant(config, params)
+    r = wemoe.routes(config, params, tokens[:1, :1])[0]
+    whole = apply(config, params, tokens)
+    np.testing.assert_allclose(by_hand(config, params, tokens, r), whole, atol=2e-4)
+    np.testing.assert_allclose(
+        apply(*wemoe.specialized(config, params, r), tokens), whole, atol=2e-4
+    )
 
 
 def test_a_fresh_ensemble_is_task_arithmetic(family, settings, merge):
@@ -204,11 +242,11 @@ def test_a_fresh_ensemble_is_task_arithmetic(family, settings, merge):
     expected = jax.tree.map(lambda x, y, z: x + 0.3 * (y + z - 2 * x), base, a, b)
     jax.tree.map(lambda m, e: np.testing.assert_allclose(m, e, atol=1e-5), merged.params, expected)
     tokens = jnp.arange(12)[None]
-    logits = lm.apply(models.config, arrays(expected), tokens)
+    logits = apply(models.config, arrays(expected), tokens)
     np.testing.assert_allclose(merged.logits(tokens), logits, atol=1e-3)
     # A router of depth 0 is a dense model for every text.
     np.testing.assert_allclose(
-        lm.apply(models.config, merged.dense(), tokens), merged.logits(tokens), atol=1e-4
+        apply(models.config, merged.dense(), tokens), merged.logits(tokens), atol=1e-4
     )
 
 
@@ -229,8 +267,9 @@ def test_ensembles_learn_are_saved_and_generate(family, settings, merge, method,
     losses = [float(line.rpartition(" ")[2]) for line in done.lines if "loss" in line]
     assert losses[-1] < losses[0]
     merged = load(done.out)
-    assert merged.kind == "wemoe" and merged.routed.shared == (method == "e_wemoe")
-    for name, vectors in merged.routed.vectors.items():
+    config, params = merged.for_task()
+    assert merged.kind == "wemoe" and config.merged.shared == (method == "e_wemoe")
+    for name, vectors in params["layers"]["ensemble"]["vectors"].items():
         kernels = np.asarray(vectors["kernel"])
         share = np.mean(kernels != 0, axis=(2, 3))
         assert np.all(np.abs(share - (0.1 if method == "e_wemoe" else 1.0)) < 0.01), name
@@ -242,12 +281,17 @@ def test_ensembles_learn_are_saved_and_generate(family, settings, merge, method,
             np.testing.assert_allclose(own[own != 0], delta[own != 0], atol=1e-6)
             assert np.abs(own[own != 0]).min() >= left.max()
     prompt = [70, 71, 72]
-    with pytest.raises(lm.ConfigError, match="give a prompt"):
-        merged.dense()
+    for nothing in (None, []):
+        with pytest.raises(lm.ConfigError, match="give a prompt"):
+            merged.dense(nothing)
     drawn = merged.generate([prompt], max_tokens=3, sampling=GREEDY)[0].tolist()
-    dense = merged.dense(prompt)
-    apply = jax.jit(lambda tokens: lm.apply(models.config, dense, tokens))
-    assert drawn == greedy(apply, prompt, 3)
+    assert drawn == greedy(merged.logits, prompt, 3)
+    tokens = jnp.asarray([prompt])
+    r = merged.routes(tokens)[0]
+    expected = by_hand(config, params, tokens, r)
+    np.testing.assert_allclose(
+        apply(models.config, merged.dense(prompt), tokens), expected, atol=2e-4
+    )
     assert json.loads((done.out / "adaptive.json").read_text())["kind"] == "wemoe"
 
 
