@@ -14,7 +14,7 @@ refusal of half a one, which GPUs belong to a process of Slurm, and an end to wa
 
 ANISO_CLUSTER names one of them, or `none`. Otherwise the first of the table that is there counts;
 `kubernetes` must be named. ANISO_JOIN_SECONDS (300) bounds the wait for the other processes,
-ANISO_HEARTBEAT_SECONDS (100) is after how long a silent one counts as dead.
+ANISO_HEARTBEAT_SECONDS (100) is after how long a silent one counts as dead (`lm.watch`).
 """
 
 import dataclasses
@@ -29,6 +29,7 @@ from typing import Any
 
 from lm import exit_codes
 from lm.config import ConfigError
+from lm.watch import Watch
 
 VARIABLES = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
 _SLURM = ("SLURM_JOB_ID", "SLURM_STEP_NODELIST", "SLURM_NTASKS", "SLURM_PROCID", "SLURM_LOCALID")
@@ -97,7 +98,8 @@ def initialize() -> bool:
         jax.distributed.initialize(
             **cluster.arguments,
             initialization_timeout=left + 30,
-            heartbeat_timeout_seconds=heartbeat,
+            # JAX's answer is an abort; `Watch` comes before it with a message and a code.
+            heartbeat_timeout_seconds=2 * heartbeat + 30,
         )
     except Exception as error:  # whatever a cluster's own detection may raise
         raise ClusterError(
@@ -105,7 +107,41 @@ def initialize() -> bool:
         ) from error
     finally:
         watchdog.cancel()
+    _start_watch(heartbeat)
     return True
+
+
+_watch: Watch | None = None
+
+
+def _start_watch(seconds: int) -> None:
+    from jax._src.distributed import global_state  # the store has no public name
+
+    global _watch
+    if global_state.client is not None:
+        place = global_state.process_id, global_state.num_processes
+        _watch = Watch(global_state.client, *place, global_state.coordinator_address, seconds)
+
+
+def leave(error: BaseException) -> None:
+    """This process is ending because of `error`; the others are told (`lm.watch`).
+
+    Where the cause is that another process is gone, this does not return: the process ends with one
+    line that names it and `exit_codes.CLUSTER`. Without other processes nothing happens.
+    """
+    if _watch is not None:
+        _watch.leave(error)
+
+
+def on_google() -> bool:
+    """Whether the VM's metadata server has notices for this process: on TPU VMs, or when told so.
+
+    ANISO_NOTICES is `gce` (ask it), `none` or `auto`.
+    """
+    named = os.environ.get("ANISO_NOTICES") or "auto"
+    if named not in ("gce", "none", "auto"):
+        raise ConfigError(f"ANISO_NOTICES must be gce, none or auto, got {named!r}")
+    return named == "gce" or (named == "auto" and _on_tpu_vm(os.environ))
 
 
 def several() -> bool:

@@ -12,6 +12,7 @@ __all__ = [
     "atomic_write_json",
     "atomic_write_text",
     "explain_os_error",
+    "is_transient",
     "sync_folder",
 ]
 
@@ -22,7 +23,41 @@ _REASONS = {
     errno.EROFS: ("Read-only file system", "the file system is read-only"),
     errno.EACCES: ("Permission denied", "permission is denied (see the folder's owner and mode)"),
     errno.EPERM: ("Operation not permitted", "the operation is not permitted"),
+    errno.EIO: ("Input/output error", "the storage reports an error"),
+    errno.ETIMEDOUT: ("Connection timed out", "the storage does not answer"),
+    errno.ESTALE: ("Stale file handle", "the storage was mounted anew"),
 }
+# What may pass: somebody frees space, a server comes back. Libraries that write in C++ pass on the
+# system's words or those of a service.
+_PASSING = (
+    *map(
+        os.strerror,
+        (
+            errno.EIO,
+            errno.ENOSPC,
+            errno.EDQUOT,
+            errno.ETIMEDOUT,
+            errno.ESTALE,
+            errno.EAGAIN,
+            errno.EBUSY,
+            errno.ECONNRESET,
+            errno.ECONNREFUSED,
+            errno.EHOSTDOWN,
+            errno.EHOSTUNREACH,
+            errno.ENETDOWN,
+            errno.ENETUNREACH,
+            errno.ENOTCONN,
+        ),
+    ),
+    "TimeoutError",
+    "timed out",
+    "DEADLINE_EXCEEDED",
+    "UNAVAILABLE",
+    "Service Unavailable",
+    "Too Many Requests",
+    "Bad Gateway",
+    "Gateway Timeout",
+)
 
 
 def atomic_write_bytes(path: str | os.PathLike, data: bytes) -> None:
@@ -77,3 +112,8 @@ def explain_os_error(error: BaseException) -> str:
         if code == number or words in str(error):
             return f"{reason}: {text[:300]}"
     return f"{type(error).__name__}: {text[:300]}"
+
+
+def is_transient(problem: str) -> bool:
+    """Whether what `explain_os_error` says of an error is something that may pass by itself."""
+    return any(words in problem for words in _PASSING)

@@ -40,6 +40,7 @@ from lm.train.checkpoint_checks import (
 )
 from lm.train.checkpoint_processes import agree, from_primary, on_primary
 from lm.train.integrity import MANIFEST, find_damage, write_manifest
+from lm.train.storage import insist, persist
 
 __all__ = ["CheckpointError", "Checkpoints", "differing_fields"]
 
@@ -59,6 +60,8 @@ class Checkpoints:
       keep: the newest checkpoints to keep, besides the best by `eval_loss`.
       asynchronous: write in the background; False makes `save` wait until all is on the disk.
       read_only: never write, rename or remove anything (to look into a run that may be running).
+      patience: seconds for which storage may fail while the directory is made or read; what cannot
+        be read for longer counts as damaged.
       warn: called with one line when a damaged checkpoint is passed over; default: a log warning.
 
     Raises:
@@ -72,6 +75,7 @@ class Checkpoints:
         keep: int = 3,
         asynchronous: bool = True,
         read_only: bool = False,
+        patience: float = 0.0,
         warn: Callable[[str], None] | None = None,
     ):
         if keep < 1:
@@ -80,6 +84,7 @@ class Checkpoints:
         self._keep = keep
         self._asynchronous = asynchronous
         self._read_only = read_only
+        self._patience = patience
         self._warn = warn or _log.warning
         self._primary = jax.process_index() == 0
         self._thread: threading.Thread | None = None
@@ -88,7 +93,7 @@ class Checkpoints:
         self._attempts = 0
         self._arrays = ArrayStore()
         if not read_only:
-            on_primary(self._claim_directory)
+            on_primary(lambda: persist(self._claim_directory, patience, self._warn))
 
     def save(
         self, step: int, state: Any, meta: dict[str, Any], *, eval_loss: float | None = None
@@ -127,16 +132,16 @@ class Checkpoints:
         self._attempts += 1
         folder = self.directory / f".saving-{step}-{self._attempts}"
         on_primary(lambda: self._start(step, folder))
+        problem = None
         try:
             self._arrays.start(folder / _ARRAYS, leaves)
-        except Exception as error:
-            self._abandon(step, folder, explain_os_error(error))
-        else:
-            self._thread = threading.Thread(
-                target=self._finish, args=(step, folder, header), name=f"checkpoint-{step}"
-            )
-            self._thread.start()
-        if not self._asynchronous or self._failure:
+        except Exception as error:  # perhaps of this process alone: the others learn of it later
+            problem = explain_os_error(error)
+        self._thread = threading.Thread(
+            target=self._finish, args=(step, folder, header, problem), name=f"checkpoint-{step}"
+        )
+        self._thread.start()
+        if not self._asynchronous or (problem and jax.process_count() == 1):
             self.wait()
 
     def steps(self) -> list[int]:
@@ -175,7 +180,8 @@ class Checkpoints:
         *,
         checksums: bool = True,
         subset: bool = False,
-    ) -> tuple[int, Any, dict[str, Any]]:
+        at_least: int = 0,
+    ) -> tuple[int, Any, dict[str, Any]] | None:
         """Read a checkpoint into the shapes, dtypes and shardings of `abstract`.
 
         Args:
@@ -185,6 +191,7 @@ class Checkpoints:
             and renamed to STEP.damaged-* unless read-only. A given step must be good itself.
           checksums: compare the contents of all files with the manifest, not only their sizes.
           subset: `abstract` may lack leaves that were saved (say, the optimizer's).
+          at_least: look at no earlier steps; if none is good, the result is None.
 
         Returns:
           The step, the state in the structure of `abstract`, and the `meta` saved with it.
@@ -196,16 +203,14 @@ class Checkpoints:
         self.wait()
         wanted = named_leaves(abstract)
         steps = [step] if step is not None else from_primary(lambda: self.steps()[::-1])
+        steps = [step for step in steps if step >= at_least]
         damaged: dict[int, str] = {}
         for candidate in steps:
-            header, reason = from_primary(lambda step=candidate: self._inspect(step))
-            if reason is None:
-                check_leaves(self._folder(candidate), header["leaves"], wanted, subset)
-                if checksums:
-                    reason = from_primary(lambda step=candidate: find_damage(self._folder(step)))
-            if reason is None:
-                leaves, reason = self._arrays.read(self._folder(candidate) / _ARRAYS, wanted)
-                reason = agree(reason)
+            (header, leaves), reason = insist(
+                lambda step=candidate: self._load(step, wanted, checksums, subset),
+                self._patience,
+                lambda reason, step=candidate: self._warn(f"{self._folder(step)}: {reason}"),
+            )
             if reason is None:
                 self._set_aside(damaged)
                 self._saved = candidate
@@ -216,10 +221,19 @@ class Checkpoints:
                 self._warn(
                     f"checkpoint {self._folder(candidate)} is damaged, passed over: {reason}"
                 )
+        if at_least:
+            self._set_aside(damaged)
+            return None
         if not steps:
             raise CheckpointError(f"there is no checkpoint in {self.directory}")
         reasons = "; ".join(f"step {step}: {reason}" for step, reason in damaged.items())
         raise CheckpointError(f"no good checkpoint to restore in {self.directory}: {reasons}")
+
+    def busy(self, timeout: float = 0.0) -> bool:
+        """Whether a save is still being written, after waiting for it for `timeout` seconds."""
+        if self._thread is not None:
+            self._thread.join(timeout)
+        return self._thread is not None and self._thread.is_alive()
 
     def wait(self) -> None:
         """Wait for the save in the background; CheckpointError (once) if it failed."""
@@ -283,9 +297,9 @@ class Checkpoints:
             "must increase; use another directory or move the newer checkpoints away"
         )
 
-    def _finish(self, step: int, folder: Path, header: dict[str, Any]) -> None:
+    def _finish(self, step: int, folder: Path, header: dict[str, Any], problem) -> None:
         """In the background: wait for Orbax, then seal and publish the folder."""
-        problem = self._arrays.wait()
+        problem = self._arrays.wait(problem)
         if problem is None and self._primary:
             try:
                 atomic_write_json(folder / _HEADER, header)
@@ -295,8 +309,7 @@ class Checkpoints:
             except Exception as error:  # else the thread dies and the save is lost unsaid
                 problem = explain_os_error(error)
         if problem is not None:
-            self._abandon(step, folder, problem)
-            return
+            return self._abandon(step, folder, problem)
         self._saved = step
         if self._primary:
             try:
@@ -334,6 +347,21 @@ class Checkpoints:
                 shutil.rmtree(doomed)
 
     # Restoring
+
+    def _load(
+        self, step: int, wanted: dict[str, Any], checksums: bool, subset: bool
+    ) -> tuple[tuple[dict[str, Any] | None, list[jax.Array]], str | None]:
+        """Header and leaves of a checkpoint, and what is wrong with it, if anything."""
+        folder, leaves = self._folder(step), []
+        header, reason = from_primary(lambda: self._inspect(step))
+        if reason is None:
+            check_leaves(folder, header["leaves"], wanted, subset)
+            if checksums:
+                reason = from_primary(lambda: find_damage(folder))
+        if reason is None:
+            leaves, reason = self._arrays.read(folder / _ARRAYS, wanted)
+            reason = agree(reason)
+        return (header, leaves), reason
 
     def _folder(self, step: int) -> Path:
         return self.directory / f"{step:08d}"

@@ -51,11 +51,14 @@ class ArrayStore:
         self._meeting.begin()
         self._orbax.save(folder, args=ocp.args.PyTreeSave(arrays))
 
-    def wait(self) -> str | None:
-        """Wait until all processes have written; what went wrong, if anything, on any of them."""
-        problem = None
+    def wait(self, problem: str | None = None) -> str | None:
+        """Wait until all processes have written; what went wrong, if anything, on any of them.
+
+        `problem`: why `start` has failed on this process, for which the others are waiting.
+        """
         try:
-            self._orbax.wait_until_finished()
+            if problem is None:
+                self._orbax.wait_until_finished()
         except Exception as error:  # TensorStore reports a full disk as a ValueError
             problem = explain_os_error(error)
         return self._meeting.finish(problem)

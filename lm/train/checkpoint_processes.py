@@ -3,6 +3,7 @@
 With one process each function is a plain call. With several, all must call it in the same order.
 """
 
+import functools
 import itertools
 import json
 from collections.abc import Callable
@@ -16,12 +17,26 @@ from jax.experimental import multihost_utils
 from lm.files import explain_os_error
 from lm.train.checkpoint_checks import CheckpointError
 
-__all__ = ["MeetingPoints", "agree", "from_primary", "on_primary"]
+__all__ = ["MeetingPoints", "agree", "from_primary", "gather", "on_primary"]
+
+
+@functools.cache
+def _several() -> bool:
+    """Whether there are other processes; the first time these have come to ask as well.
+
+    The first collective on CPU (Gloo) fails after 30 seconds without the others, some of which may
+    still be importing or compiling.
+    """
+    if jax.process_count() == 1:
+        return False
+    client = distributed.global_state.client
+    client.wait_at_barrier("aniso/first", MeetingPoints.TIMEOUT * 1000)
+    return True
 
 
 def from_primary(function: Callable[[], Any]) -> Any:
     """The JSON value that `function` has on process 0, on all processes."""
-    if jax.process_count() == 1:
+    if not _several():
         return function()
     data = json.dumps(function() if jax.process_index() == 0 else None).encode()
     size = int(multihost_utils.broadcast_one_to_all(np.int32(len(data))))
@@ -29,6 +44,18 @@ def from_primary(function: Callable[[], Any]) -> Any:
     if jax.process_index() == 0:
         buffer[:] = np.frombuffer(data, np.uint8)
     return json.loads(multihost_utils.broadcast_one_to_all(buffer).tobytes())
+
+
+def gather(value: Any) -> list[Any]:
+    """The JSON values of all processes, by their index, on all of them."""
+    data = json.dumps(value).encode()
+    if not _several():
+        return [json.loads(data)]
+    sizes = multihost_utils.process_allgather(np.int32(len(data)))
+    buffer = np.zeros((int(sizes.max()),), np.uint8)
+    buffer[: len(data)] = np.frombuffer(data, np.uint8)
+    rows = multihost_utils.process_allgather(buffer)
+    return [json.loads(row[:size].tobytes()) for row, size in zip(rows, sizes, strict=True)]
 
 
 def on_primary(action: Callable[[], None]) -> None:
@@ -49,7 +76,7 @@ def on_primary(action: Callable[[], None]) -> None:
 
 def agree(problem: str | None) -> str | None:
     """This process's problem, or else the number of a process that has one, or else None."""
-    if jax.process_count() > 1:
+    if _several():
         failed = multihost_utils.process_allgather(np.int32(problem is not None))
         if failed.any() and problem is None:
             return f"process {int(failed.argmax())} failed"

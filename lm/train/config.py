@@ -149,10 +149,16 @@ class MeshConfig:
     expert: int = 1
     """Experts sharded, and the batch."""
     context: int = 1
-    """Reserved for context parallelism."""
+    """Sequences cut, for those that are too long for one device."""
+    replica: int = 1
+    """Data parallel over a slower network (slices of a TPU, say): gradients meet once a step."""
+    sequence_norms: bool = True
+    """Under tensor: norms and residual sums each on a share of the tokens."""
 
     def __post_init__(self):
         for field in dataclasses.fields(self):
+            if field.type is bool:
+                continue
             size = getattr(self, field.name)
             check(
                 size >= 1 or (field.name == "data" and size == -1),
@@ -160,10 +166,6 @@ class MeshConfig:
                 + (" or -1" if field.name == "data" else "")
                 + f", got {size}",
             )
-        check(
-            self.context == 1,
-            "mesh.context is reserved: no layer uses that axis yet, set it to 1",
-        )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -192,9 +194,17 @@ class CheckpointConfig:
     """Steps between checkpoints; the last step is always saved."""
     keep: int = 3
     """Newest checkpoints kept; the best by evaluation loss is kept besides."""
+    patience: float = 600.0
+    """Seconds for which storage may fail before the run stops; until then it is tried again."""
+    local_dir: str = ""
+    """A folder on every node's own disk for checkpoints in between; empty makes none."""
+    local_every: int = 50
+    """Steps between local checkpoints."""
 
     def __post_init__(self):
-        check_positive(self, "every", "keep")
+        check_positive(self, "every", "keep", "local_every")
+        good = self.patience >= 0 and math.isfinite(self.patience)
+        check(good, f"checkpoint.patience must be 0 or more seconds, got {self.patience}")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -306,6 +316,16 @@ class RunConfig:
         check(
             self.optim.warmup_steps <= self.steps,
             f"optim.warmup_steps ({self.optim.warmup_steps}) exceeds steps ({self.steps})",
+        )
+        cut = 2 * self.mesh.context
+        check(
+            self.mesh.context == 1 or self.sequence_length % cut == 0,
+            f"sequence_length ({self.sequence_length}) must be a multiple of {cut}, twice "
+            f"mesh.context ({self.mesh.context}): each device holds two parts of a sequence",
+        )
+        check(
+            self.mesh.replica == 1 or self.optim.name != "adatask",
+            f"optim.name adatask has no form for mesh.replica {self.mesh.replica}: use mesh.data",
         )
         self._check_optimizer()
         check_adapter(self)

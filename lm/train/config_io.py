@@ -10,9 +10,11 @@ from lm.config import ConfigError, ModelConfig
 from lm.train.config import RunConfig
 
 ADDED = {
+    "checkpoint": {"patience", "local_dir", "local_every"},
     "data": {"format", "chat_template", "skip_long"},
     "init": {"peft", "task"},
     "log": {"spectra", "experts"},
+    "mesh": {"replica", "sequence_norms"},
     "model": {
         *("adapter", "moe", "attention_kind", "mla", "rope_interleave"),
         *("rope_theta_local", "positions", "norm", "norm_position", "norm_unit_offset"),

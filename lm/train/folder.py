@@ -6,10 +6,11 @@ import fcntl
 import json
 import os
 import time
+import uuid
 from pathlib import Path
 
 from lm.config import ConfigError
-from lm.files import atomic_write_json
+from lm.files import atomic_write_json, atomic_write_text
 from lm.train.checkpoint import differing_fields
 from lm.train.checkpoint_processes import from_primary, on_primary
 from lm.train.config import RunConfig
@@ -126,6 +127,26 @@ class RunFolder:
         """Write config.json, which makes the folder a run's; CheckpointError if that fails."""
         file = self.path / "config.json"
         on_primary(lambda: atomic_write_json(file, config_to_dict(self.config)))
+
+    def identity(self) -> str:
+        """What tells this run from any other, also from an earlier one in the same folder."""
+        file = self.path / "identity"
+
+        def read() -> str:
+            with contextlib.suppress(FileNotFoundError):
+                return file.read_text().strip()
+            name = uuid.uuid4().hex[:12]
+            atomic_write_text(file, name + "\n")
+            return name
+
+        found = ""
+
+        def remember() -> None:
+            nonlocal found
+            found = read()
+
+        on_primary(remember)
+        return from_primary(lambda: found)
 
     def abandon(self) -> None:
         """`close`, and remove a folder that was made for this run and holds nothing yet."""

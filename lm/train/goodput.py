@@ -5,7 +5,8 @@ The time from the first start to now is split by cause:
     step        training steps whose result is part of the run
     data_wait   the device stood still because no batch was ready
     compile     until the first step of a start was done
-    evaluation, checkpoint   the loop stood still for them (saving in the background is free)
+    evaluation, checkpoint   the loop stood still for them (saving in the background is free;
+                waiting for storage that fails or is slow counts as checkpoint)
     init        before the first step: imports, data, restoring
     lost        steps after the checkpoint that a restart went back to, done again later
     down        between the end of what one start recorded and the next start

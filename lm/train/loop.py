@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
-from lm import loss, sharding
+from lm import distributed, loss, sharding
 from lm.config import ConfigError
 from lm.data import Loader, Prefetcher, eval_batches, load_tokenizer, open_stores, to_global
 from lm.generate import Sampling, continue_text
@@ -22,6 +22,7 @@ from lm.layers import attention
 from lm.layers.adapters import partition
 from lm.train.checkpoint import Checkpoints
 from lm.train.checkpoint_checks import differing_fields
+from lm.train.checkpoint_local import LocalCheckpoints, restore_newest
 from lm.train.config import RunConfig
 from lm.train.evaluation import EvalResult, evaluate
 from lm.train.expert_log import ExpertLog
@@ -37,6 +38,7 @@ from lm.train.signals import StopSignals
 from lm.train.spectrum_log import SpectrumLog
 from lm.train.state import TrainState, abstract_state, init_state
 from lm.train.step import make_eval_step, make_train_step
+from lm.train.storage import Saver
 
 
 class Diverged(RuntimeError):
@@ -145,19 +147,35 @@ class Trainer:
         self.checkpoints = Checkpoints(
             self.path / "checkpoints",
             keep=config.checkpoint.keep,
-            warn=lambda line: print(f"warning: {line}", file=sys.stderr),
+            patience=config.checkpoint.patience,
+            warn=_warn,
         )
         try:
+            self.saver = Saver(
+                self.checkpoints,
+                config.checkpoint.every,
+                patience=config.checkpoint.patience,
+                warn=_warn,
+            )
+            self.local = None
+            if config.checkpoint.local_dir:
+                self.local = LocalCheckpoints(
+                    config.checkpoint.local_dir, self.folder.identity(), _warn
+                )
             self.start, self.state = self._restore_or_init()
             if self.folder.resuming:  # only now: a refused command must not change it
                 self.folder.write_config()
+            if self.local:
+                self.local.begin()
         except BaseException:
             self.checkpoints.close()
             raise
 
     def _restore_or_init(self) -> tuple[int, TrainState]:
-        if self.folder.resuming and self.checkpoints.steps():
-            step, state, meta = self.checkpoints.restore(self.abstract)
+        if self.folder.resuming and (
+            found := restore_newest(self.checkpoints, self.local, self.abstract)
+        ):
+            step, state, meta = found
             differing = differing_fields(meta["data"], self._data_identity())
             if differing:
                 raise ConfigError(
@@ -190,14 +208,22 @@ class Trainer:
             for store, weight in self.stores["train"]
         }
 
-    def save(self, step: int, eval_loss: float | None = None) -> None:
-        """Save the state under `step`, in the background."""
-        meta = {
+    def save(self, step: int, eval_loss: float | None = None, last: bool = False) -> None:
+        """Save the state under `step`, in the background, or until it is done if it is the last."""
+        self.saver.save(step, self.state, self._meta(step), eval_loss=eval_loss, last=last)
+        if last and self.local:
+            self.local.discard()
+
+    def save_local(self, step: int) -> None:
+        """Save this process's part of the state on its own disk."""
+        self.local.save(step, self.state, self._meta(step))
+
+    def _meta(self, step: int) -> dict[str, Any]:
+        return {
             "data": self._data_identity(),
             "tokenizer": self.tokenizer.fingerprint,
             "tokens": step * self.tokens_per_step,
         }
-        self.checkpoints.save(step, self.state, meta, eval_loss=eval_loss)
 
     @property
     def tokens_per_step(self) -> int:
@@ -234,6 +260,10 @@ class Trainer:
         return prompt + "".join(pieces)
 
 
+def _warn(line: str) -> None:
+    print(f"warning: {line}", file=sys.stderr)
+
+
 def train(config: RunConfig) -> dict[str, Any]:
     """Run the whole job and return the content of summary.json.
 
@@ -243,7 +273,16 @@ def train(config: RunConfig) -> dict[str, Any]:
       Diverged: too many refused steps in a row; the state is saved.
       CheckpointError, OSError: a file could not be written or read.
     """
-    began = time.monotonic()
+    try:
+        return _train(config, time.monotonic())
+    except (Stopped, Diverged):  # on all processes alike
+        raise
+    except BaseException as error:
+        distributed.leave(error)
+        raise
+
+
+def _train(config: RunConfig, began: float) -> dict[str, Any]:
     enable_compilation_cache()
     trainer = Trainer(config)
     with contextlib.ExitStack() as stack:
@@ -314,20 +353,26 @@ def _run(trainer: Trainer, reporter: Reporter) -> None:
             # The device is busy with this step while the host reads the one before.
             settle(ahead=1)
             stop = signals.stop_after(done)
-            saves = done % config.checkpoint.every == 0 or done == last or stop
-            if evaluates(done) or saves:
+            ends = stop or done == last
+            local = trainer.local and done % config.checkpoint.local_every == 0
+            keeps = ends or local or done % config.checkpoint.every == 0
+            result = None
+            if evaluates(done) or keeps:
                 settle()
-                result = evaluate() if evaluates(done) and not stop else None
-                if saves:
-                    with reporter.pause("checkpoint", done):
-                        trainer.save(done, result and result.loss)
-            if stop:
+                if evaluates(done) and not stop:
+                    result = evaluate()
+            if keeps:
                 with reporter.pause("checkpoint", done):
-                    trainer.checkpoints.wait()
+                    if ends or trainer.saver.due(done):
+                        trainer.save(done, result and result.loss, last=ends)
+                    elif local:
+                        trainer.save_local(done)
+            elif trainer.saver.due(done):  # again after a failure, or late
+                settle()
+                with reporter.pause("checkpoint", done):
+                    trainer.save(done)
+            if stop:
                 raise Stopped(signals.received, done)
-        settle()
-    with reporter.pause("checkpoint", done):
-        trainer.checkpoints.wait()
 
 
 def _give_up(trainer: Trainer, refused: int) -> None:
@@ -336,8 +381,7 @@ def _give_up(trainer: Trainer, refused: int) -> None:
     zero = jax.tree.map(lambda x: x * 0, state.guard.consecutive)
     trainer.state = dataclasses.replace(state, guard=state.guard._replace(consecutive=zero))
     step = int(jax.device_get(state.step))
-    trainer.save(step)
-    trainer.checkpoints.wait()
+    trainer.save(step, last=True)
     raise Diverged(
         f"{refused} steps in a row up to step {step} were not finite or spiked, so the run stops; "
         f"step {step} is saved. Lower --optim.learning-rate, raise --guard.spike-sigma, or look at "

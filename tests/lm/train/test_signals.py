@@ -1,12 +1,17 @@
+import http.server
 import os
 import shutil
 import signal
+import threading
+import time
 
 import pytest
 
+from lm import distributed
+from lm.config import ConfigError
 from lm.train import loop
 from lm.train.report import Reporter
-from lm.train.signals import StopSignals
+from lm.train.signals import StopSignals, follow_notices
 
 
 def test_first_signal_is_remembered_second_acts():
@@ -81,3 +86,68 @@ def test_signal_at_the_last_step(signal_at, tiny_run, tmp_path, finished, rows_o
     summary = loop.train(tiny_run(out, resume=True))
     assert rows_of(out) == rows_of(finished)
     assert summary["eval_loss"] == rows_of(finished)[-1]["eval_loss"]
+
+
+@pytest.fixture
+def metadata():
+    """A metadata server; `values` is what it knows."""
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        values = {"preempted": "FALSE", "maintenance-event": "NONE"}
+
+        def do_GET(self):
+            known = self.headers["Metadata-Flavor"] == "Google"
+            self.send_response(200 if known else 403)
+            self.end_headers()
+            self.wfile.write(self.values[self.path[1:]].encode())
+
+        def log_message(self, *_):
+            pass
+
+    with http.server.HTTPServer(("localhost", 0), Handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://localhost:{server.server_port}/", Handler.values
+        server.shutdown()
+
+
+@pytest.mark.parametrize(
+    ("name", "harmless", "value"),
+    [
+        ("preempted", "FALSE", "TRUE"),
+        ("maintenance-event", "MIGRATE_ON_HOST_MAINTENANCE", "TERMINATE_ON_HOST_MAINTENANCE"),
+    ],
+)
+def test_a_notice_of_the_cloud_is_a_sigterm(metadata, name, harmless, value, capsys):
+    url, values = metadata
+    with StopSignals() as signals:
+        over = threading.Event()
+        thread = threading.Thread(target=follow_notices, args=(over, url, 0.02), daemon=True)
+        thread.start()
+        values[name] = harmless
+        time.sleep(0.2)
+        assert not signals.stop_after(1)
+        values[name] = value
+        thread.join(10)
+        assert signals.stop_after(2) and signals.received is signal.SIGTERM
+    assert f"{name} is {value}" in capsys.readouterr().err
+
+
+def test_a_server_that_is_not_there_is_no_notice():
+    over = threading.Event()
+    thread = threading.Thread(target=follow_notices, args=(over, "http://localhost:9/", 0.01))
+    thread.start()
+    time.sleep(0.1)
+    assert thread.is_alive()
+    over.set()
+    thread.join(10)
+    assert not thread.is_alive()
+
+
+def test_who_is_asked_for_notices(monkeypatch):
+    monkeypatch.delenv("ANISO_NOTICES", raising=False)
+    assert not distributed.on_google()
+    monkeypatch.setenv("ANISO_NOTICES", "gce")
+    assert distributed.on_google()
+    monkeypatch.setenv("ANISO_NOTICES", "aws")
+    with pytest.raises(ConfigError, match="ANISO_NOTICES must be gce, none or auto, got 'aws'"):
+        distributed.on_google()

@@ -172,7 +172,7 @@ def test_an_ensemble_trains_further_and_comes_back(folders, tmp_path):
     words = ["tiny", "--init.from-hf", str(folder), "--out", str(tmp_path / "run"), "--steps", "2"]
     words += ["--data.source", "text", "--data.path", str(text), "--data.cache", str(tmp_path)]
     words += ["--sequence-length", "32", "--batch-size", "8", "--data.valid-path", str(text)]
-    words += ["--mesh.data", "1", "--eval.batches", "1"]
+    words += ["--mesh.data", "1", "--mesh.fsdp", "2", "--eval.batches", "1"]
     config = parse_run([*words, "--sample-prompt", "", "--log.no-progress"])
     assert config.model.merged.kind == "wemoe" and config.model.merged.shared
     train(config)

@@ -1,0 +1,359 @@
+"""Kill real processes of real runs and compare every loss with an uninterrupted run, bit by bit.
+
+    python scripts/prove_survival.py [--scenes kills,saving,...] [--kills 10] [--work DIR]
+
+Four processes with two CPU devices each (mesh data 4 x fsdp 2) train a tiny model. Each scene is a
+run of its own, started again with --resume after every kill -9 until it has been killed often
+enough and is finished:
+
+    kills       one of the four at a random time
+    saving      one of the four while a durable checkpoint is being written
+    local       as `kills`, with local checkpoints; once the local disk of a process is lost with it
+    failing     writes of process 1 and commits of process 0 fail for some seconds; no kill
+    slow        a commit takes longer than the loop waits for one; no kill
+    full        the storage fails for good: the run must end with code 4 and its last checkpoint
+
+Every row that any start ever logged is compared, the rows that a restart took back as well, and at
+the end the whole state. `docs/results/survival.json` gets the record, survival.md the tables.
+"""
+
+import argparse
+import contextlib
+import json
+import os
+import random
+import shutil
+import signal
+import socket
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
+
+PROCESSES, DEVICES, HEARTBEAT = 4, 2, 10
+SCENES = ("kills", "saving", "local", "failing", "slow", "full")
+RESULTS = Path(__file__).parents[1] / "docs" / "results"
+FLAGS = (
+    *(
+        "tiny --data.source=text --model.num-layers=2 --model.d-model=32 --model.num-heads=2"
+    ).split(),
+    *(
+        "--model.num-kv-heads=2 --model.d-ff=64 --model.max-context=64 --model.vocab-size=264"
+    ).split(),
+    *("--sequence-length=32 --batch-size=16 --steps=24 --mesh.data=4 --mesh.fsdp=2").split(),
+    *("--checkpoint.every=1 --eval.every=1000 --eval.batches=1 --log.every=1").split(),
+    *("--log.no-progress --sample-prompt= --resume").split(),
+)
+
+
+class Start:
+    """One start of a run: the processes, forked from this one, which has imported everything."""
+
+    def __init__(self, out: Path, words: list[str], fault: str = ""):
+        self.out, self.pids, self.ended, self.codes = out, [], {}, {}
+        self.clock = time.time()
+        with socket.socket() as free:
+            free.bind(("localhost", 0))
+            address = f"localhost:{free.getsockname()[1]}"
+        for process in range(PROCESSES):
+            pid = os.fork()
+            if not pid:
+                try:
+                    self._become(process, address, words, fault)
+                finally:
+                    os._exit(99)
+            self.pids.append(pid)
+
+    def _become(self, process: int, address: str, words: list[str], fault: str) -> None:
+        os.environ |= {
+            "JAX_COORDINATOR_ADDRESS": address,
+            "JAX_NUM_PROCESSES": str(PROCESSES),
+            "JAX_PROCESS_ID": str(process),
+            "ANISO_HEARTBEAT_SECONDS": str(HEARTBEAT),
+        }
+        for number, name in ((1, "out"), (2, "err")):
+            file = os.open(self.log(process, name), os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+            os.dup2(file, number)
+        if fault:
+            globals()[f"break_{fault}"](process)
+        from lm.cli.train import main
+
+        try:
+            main(words)
+        except SystemExit as end:
+            import atexit
+
+            atexit._run_exitfuncs()
+            sys.stderr.flush()
+            os._exit(end.code or 0)
+
+    def log(self, process: int, name: str = "err") -> Path:
+        return self.out.with_name(f"{self.out.name}.{process}.{name}")
+
+    def logged(self) -> float:
+        """When the last row was written, in seconds since 1970."""
+        return max((row["time"] for row in read_rows(self.out)), default=0.0)
+
+    def poll(self) -> bool:
+        """Whether all processes have ended."""
+        for process, pid in enumerate(self.pids):
+            if process not in self.codes:
+                found, status = os.waitpid(pid, os.WNOHANG)
+                if found:
+                    self.codes[process] = os.waitstatus_to_exitcode(status)
+                    self.ended[process] = time.monotonic()
+        return len(self.codes) == PROCESSES
+
+    def wait_until(self, condition, seconds: float) -> bool:
+        """Poll until `condition()`; False if all processes ended before, error after `seconds`."""
+        deadline = time.monotonic() + seconds
+        while not condition():
+            if self.poll():
+                return False
+            if time.monotonic() > deadline:
+                self.kill_all()
+                raise SystemExit(f"{self.out}: nothing happened for {seconds} s, see its logs")
+            time.sleep(0.02)
+        return True
+
+    def kill(self, victim: int) -> dict:
+        """kill -9 one process; what the others do about it."""
+        os.kill(self.pids[victim], signal.SIGKILL)
+        begin = time.monotonic()
+        self.wait_until(self.poll, 20 * HEARTBEAT)
+        survivors = [process for process in range(PROCESSES) if process != victim]
+        name = "the coordinator at" if victim == 0 else f"because process {victim} ("
+        return {
+            "victim": victim,
+            "codes": [self.codes[process] for process in survivors],
+            "seconds": [round(self.ended[process] - begin, 2) for process in survivors],
+            "named": sum(name in self.log(process).read_text() for process in survivors),
+        }
+
+    def kill_all(self) -> None:
+        for process, pid in enumerate(self.pids):
+            if process not in self.codes:
+                os.kill(pid, signal.SIGKILL)
+                self.codes[process] = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+
+# Faults, put into a process before it trains.
+
+
+def break_failing(process: int) -> None:
+    """For some seconds from the first save on, process 1 cannot write and process 0 not commit."""
+    import orbax.checkpoint as ocp
+
+    from lm.train import checkpoint
+
+    begin: list[float] = []
+
+    def broken() -> bool:
+        begin.append(begin[0] if begin else time.monotonic())
+        return time.monotonic() - begin[0] < 4
+
+    if process == 1:
+        wait = ocp.AsyncCheckpointer.wait_until_finished
+
+        def fail(self):
+            wait(self)
+            background = threading.current_thread() is not threading.main_thread()
+            if background and broken():  # as writes do; Orbax calls it at the start of a save, too
+                raise OSError(5, "Input/output error")
+
+        ocp.AsyncCheckpointer.wait_until_finished = fail
+    seal = checkpoint.write_manifest
+
+    def refuse(folder):
+        if broken():
+            raise OSError(28, "No space left on device", str(folder))
+        seal(folder)
+
+    checkpoint.write_manifest = refuse
+
+
+def break_slow(process: int) -> None:
+    """The first commit takes longer than the loop waits for one."""
+    from lm.train import checkpoint
+
+    seal, seconds = checkpoint.write_manifest, [40.0]
+
+    def dawdle(folder):
+        time.sleep(seconds.pop() if seconds else 0.0)
+        seal(folder)
+
+    checkpoint.write_manifest = dawdle
+
+
+def break_full(process: int) -> None:
+    """From the second save on the disk is full."""
+    from lm.train import checkpoint
+
+    seal, left = checkpoint.write_manifest, [2]
+
+    def refuse(folder):
+        left[0] -= 1
+        if left[0] <= 0:
+            raise OSError(28, "No space left on device", str(folder))
+        seal(folder)
+
+    checkpoint.write_manifest = refuse
+
+
+# Scenes
+
+
+def play(scene: str, work: Path, kills: int, dice: random.Random, deadline: float) -> dict:
+    """One run from its first start to its end."""
+    out, events = work / scene, []
+    local = work / f"{scene}.local"
+    words = [*FLAGS, f"--data.path={work / 'corpus'}", f"--out={out}"]
+    if scene == "local":
+        words += [f"--checkpoint.local-dir={local}", "--checkpoint.local-every=1"]
+        words += ["--checkpoint.every=10"]
+    if scene == "full":
+        words += ["--checkpoint.patience=3"]
+    seen: list[dict] = []
+    unplanned: list[dict] = []
+    begin, starts = time.monotonic(), 0
+    while True:
+        start = Start(out, words, scene if scene in ("failing", "slow", "full") else "")
+        starts += 1
+        try:
+            more = len(events) < kills and time.monotonic() < deadline
+            killed = more and strike(start, scene, dice, events)
+            if not killed:
+                start.wait_until(start.poll, 300)
+        finally:
+            start.kill_all()
+        seen += read_rows(out)
+        if not killed and (scene == "full" or set(start.codes.values()) == {0}):
+            break
+        if not killed:  # it ended by itself: said in the record, and started again
+            last = [start.log(process).read_text().strip()[-400:] for process in range(PROCESSES)]
+            unplanned.append({"codes": start.codes, "said": last})
+            if len(unplanned) > 20:
+                raise SystemExit(f"{out} ends by itself: {unplanned[-1]}")
+            continue
+        if scene == "local" and len(events) == 2:
+            for path in local.glob(f"*/*-{events[-1]['victim']}.part"):
+                path.unlink()
+            events[-1]["disk lost"] = True
+    codes = [start.codes[process] for process in range(PROCESSES)]
+    told = [line for line in start.log(0).read_text().splitlines() if ": " in line]
+    return {
+        "scene": scene,
+        "starts": starts,
+        "seconds": round(time.monotonic() - begin, 1),
+        "codes": codes,
+        "events": events,
+        "unplanned": unplanned,
+        "resumed": resumed(out),
+        "said": [line.replace(str(work), "...") for line in told][-6:],
+        "rows": len(seen),
+        "_seen": seen,
+    }
+
+
+def strike(start: Start, scene: str, dice: random.Random, events: list) -> bool:
+    """Kill one process when its time has come; False if the run ended first."""
+    if scene == "saving":
+        folder = start.out / "checkpoints"
+        if not start.wait_until(lambda: any(folder.glob(".saving-*")), 300):
+            return False
+        time.sleep(dice.uniform(0, 0.15))
+    else:
+        # One in five dies while it starts, the others at a random time after their first step.
+        early = dice.random() < 0.2
+        if not early and not start.wait_until(lambda: start.logged() > start.clock, 300):
+            return False
+        time.sleep(dice.uniform(0, 15 if early else 8))
+    if start.poll():
+        return False
+    victim = dice.randrange(PROCESSES)
+    starts = len(resumed(start.out))
+    logged = max((row["step"] for row in read_rows(start.out)), default=0)
+    event = start.kill(victim)
+    events.append(event | {"step": logged, "starts": starts})
+    print(scene, events[-1], flush=True)
+    return True
+
+
+def read_rows(out: Path) -> list[dict]:
+    from lm.train.metrics import read_metrics
+
+    with contextlib.suppress(OSError):
+        return [row for row in read_metrics(out / "metrics.jsonl") if "loss" in row]
+    return []
+
+
+def resumed(out: Path) -> list[int]:
+    from lm.train.timeline import read_timeline
+
+    events = read_timeline(out / "timeline.jsonl")
+    return [event["step"] for event in events if event["kind"] == "start"]
+
+
+def main() -> None:
+    from survival_report import judge, write
+
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--scenes", default=",".join(SCENES))
+    parser.add_argument("--kills", type=int, default=10, help="of scene kills")
+    parser.add_argument("--more", type=int, default=3, help="kills of scenes saving and local")
+    parser.add_argument("--minutes", type=float, default=120, help="no kill, no scene after that")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--work", type=Path, help="keep runs and logs there")
+    parser.add_argument("--results", type=Path, default=RESULTS)
+    args = parser.parse_args()
+    work = Path(tempfile.mkdtemp(prefix="survival-")) if args.work is None else args.work
+    work.mkdir(parents=True, exist_ok=True)
+    prepare(work)
+    deadline = time.monotonic() + 60 * args.minutes
+    for _ in range(3):  # until one is uninterrupted
+        shutil.rmtree(work / "whole", ignore_errors=True)
+        reference = play("whole", work, 0, random.Random(), deadline)
+        if reference["starts"] == 1:
+            break
+    else:
+        raise SystemExit(f"no run went through: {reference['unplanned']}")
+    expected = {row["step"]: row["loss"] for row in reference["_seen"]}
+    records = []
+    for scene in args.scenes.split(","):
+        if time.monotonic() > deadline:
+            break
+        for path in (work / scene, work / f"{scene}.local"):
+            shutil.rmtree(path, ignore_errors=True)
+        kills = {"kills": args.kills, "saving": args.more, "local": args.more}
+        dice = random.Random(f"{scene} {args.seed}")
+        records.append(play(scene, work, kills.get(scene, 0), dice, deadline))
+        judge(records[-1], expected, work)
+        print(json.dumps(records[-1]), flush=True)
+        write(reference, records, args.results, HEARTBEAT)
+    bad = [r["scene"] for r in records if r["differing"] or not r.get("same state", True)]
+    if bad:
+        raise SystemExit(f"not bit-identical: {', '.join(bad)}; see {work}")
+
+
+def prepare(work: Path) -> None:
+    """Text, caches, and everything imported before the first fork; no backend may start here."""
+    os.environ |= {
+        "ANISO_CACHE": str(work / "cache"),
+        "JAX_COMPILATION_CACHE_DIR": str(work / "cache" / "xla"),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        "XLA_FLAGS": "--xla_backend_optimization_level=0",  # compiling is most of a start
+        "JAX_PLATFORMS": "cpu",
+        "JAX_NUM_CPU_DEVICES": str(DEVICES),
+    }
+    dice = random.Random(0)
+    (work / "corpus").mkdir(exist_ok=True)
+    words = ["".join(dice.choices("etaoinshr", k=dice.randrange(1, 8))) for _ in range(200)]
+    for i in range(40):
+        text = " ".join(words[min(199, int(dice.paretovariate(0.7)))] for _ in range(300))
+        (work / "corpus" / f"{i:02d}.txt").write_text(text)
+    import lm.train.loop  # noqa: F401
+
+
+if __name__ == "__main__":
+    main()

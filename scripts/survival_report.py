@@ -1,0 +1,142 @@
+"""The verdict of `prove_survival.py`: comparison with the uninterrupted run, and its page."""
+
+import datetime
+import json
+import os
+import shlex
+import sys
+from pathlib import Path
+
+from lm.files import atomic_write_text
+from lm.train.summary import versions
+
+
+def judge(record: dict, expected: dict[int, float], work: Path) -> None:
+    """Compare a scene's rows and last checkpoint with the uninterrupted run."""
+    seen = record.pop("_seen")
+    record["differing"] = sum(row["loss"] != expected[row["step"]] for row in seen)
+    if record["scene"] != "full":
+        record["same state"] = same_state(work / "whole", work / record["scene"])
+
+
+def write(reference: dict, records: list[dict], results: Path, heartbeat: int) -> None:
+    """Write record and page."""
+    document = {
+        "command": shlex.join(["python", *sys.argv]),
+        "date": datetime.date.today().isoformat(),
+        "machine": f"{os.cpu_count()} CPU cores, load {os.getloadavg()[0]:.1f}",
+        "versions": versions(),
+        "steps": reference["rows"],
+        "seconds_uninterrupted": reference["seconds"],
+        "heartbeat": heartbeat,
+        "scenes": records,
+    }
+    atomic_write_text(results / "survival.json", json.dumps(document, indent=1) + "\n")
+    atomic_write_text(results / "survival.md", render(document))
+
+
+def same_state(a: Path, b: Path) -> bool:
+    """Whether the last checkpoints of two runs hold the same bytes; a forked process reads them."""
+    pid = os.fork()
+    if not pid:
+        try:
+            os._exit(0 if state(a) == state(b) else 1)
+        finally:
+            os._exit(99)
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+
+
+def state(out: Path) -> dict[str, bytes]:
+    import jax
+    import numpy as np
+
+    from lm.train.checkpoint import Checkpoints
+
+    with Checkpoints(out / "checkpoints", read_only=True) as checkpoints:
+        newest = out / "checkpoints" / f"{checkpoints.latest():08d}" / "checkpoint.json"
+        leaves = json.loads(newest.read_bytes())["leaves"]
+        abstract = {
+            name: jax.ShapeDtypeStruct(leaf["shape"], leaf["dtype"])
+            for name, leaf in leaves.items()
+        }
+        _, found, _ = checkpoints.restore(abstract)
+    return {name: np.asarray(leaf).tobytes() for name, leaf in found.items()}
+
+
+def render(document: dict) -> str:
+    """The page."""
+    scenes = document["scenes"]
+    rows = []
+    for record in scenes:
+        events = record["events"]
+        times = sorted(second for event in events for second in event["seconds"])
+        after = [record["resumed"][event["starts"]] for event in events]
+        lost = [max(0, e["step"] - step) for e, step in zip(events, after, strict=True)]
+        codes = sorted({code for event in events for code in event["codes"]})
+        survivors = sum(len(event["codes"]) for event in events)
+        named = sum(event["named"] for event in events)
+        rows.append(
+            [
+                record["scene"],
+                len(events),
+                ", ".join(str(event["step"]) for event in events),
+                f"{times[len(times) // 2]:.1f} ({times[-1]:.1f})" if times else "",
+                ", ".join(map(str, codes)),
+                f"{named} of {survivors}" if survivors else "",
+                f"{sum(lost) / len(lost):.1f} ({max(lost)})" if lost else "",
+                len(record["unplanned"]),
+                f"{record['rows']}, {record['differing']}",
+                {True: "same", False: "DIFFERENT", None: ""}[record.get("same state")],
+                ", ".join(map(str, sorted(set(record["codes"])))),
+            ]
+        )
+    head = (
+        "scene | kills | at steps | seconds until the others had ended, median (max) | "
+        "their codes | named the dead process | steps lost, mean (max) | ended by itself | "
+        "rows compared, differing | last state | last codes"
+    ).split(" | ")
+    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    lines += ["| " + " | ".join(map(str, row)) + " |" for row in rows]
+    said = [
+        f"- {record['scene']}: `{line}`"
+        for record in scenes
+        if record["scene"] in ("failing", "slow", "full", "local")
+        for line in record["said"]
+        if line.startswith(("warning:", "prove_survival.py: error"))
+    ]
+    versions = ", ".join(f"{name} {version}" for name, version in document["versions"].items())
+    return PAGE.format(
+        table="\n".join(lines),
+        said="\n".join(said),
+        versions=versions,
+        **{key: document[key] for key in ("command", "date", "machine", "steps", "heartbeat")},
+        whole=document["seconds_uninterrupted"],
+    )
+
+
+PAGE = """# Surviving kills and bad storage
+
+`{command}` ({date}; {machine}; {versions})
+
+Four processes of two CPU devices each on one machine (mesh data 4 x fsdp 2) train a tiny model for
+{steps} steps (batch 16 x 32 tokens, AdamW), with a durable checkpoint at every one (`local`: every
+10, and local ones at every one). A process is killed with SIGKILL, the others are left to
+themselves, and all four are started again with `--resume`. Every row that any start logged, those
+included that a restart took back, is compared with the uninterrupted run ({whole} s) for equality
+of all bits of the loss, and at the end every array of the last checkpoint.
+`ANISO_HEARTBEAT_SECONDS` is {heartbeat} here and 100 by default; times to detect a death grow with
+it. The scenes are described at the top of the script; the record is
+[survival.json](survival.json).
+
+{table}
+
+Code 69: the others were not to be reached; -6: JAX's own abort was faster than the message.
+"Ended by itself": starts that ended without a kill, their last words are in the record. What the
+last start of some scenes said:
+
+{said}
+
+Processes on one machine share its clock and its disk. A host that loses its power or its network
+closes no connection; it is found by its missing heartbeats alone, in the time set for them. Local
+checkpoints lie in one folder here, each process with its own files; the tests take them apart.
+"""
