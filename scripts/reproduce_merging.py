@@ -26,14 +26,12 @@ import tempfile
 import time
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
 import jax
+import merging_report
 import numpy as np
 
 import lm
 import lm.hf
-from lm.files import atomic_write_json, atomic_write_text
 from lm.merging.adaptive.benchmark import (
     TaskSpec,
     corrupted,
@@ -45,6 +43,7 @@ from lm.merging.adaptive.benchmark import (
 from lm.sweep import Sweep
 
 RESULTS = Path(__file__).resolve().parents[1] / "docs" / "results" / "merging"
+WORK = str(Path(tempfile.gettempdir()) / "aniso-merging")
 SEEDS = (0, 1, 2)
 LANGUAGES = ("french", "german", "spanish", "chinese", "japanese")
 CODE = ("c_code", "python_code", "shell_code")
@@ -96,6 +95,12 @@ ADAPTIVE = {
     "surgery_v2": grid("learning_rate", 1e-3, 3e-3, 1e-2, **STEPS | {"batch_size": 8}),
     "wemoe": grid("learning_rate", 3e-4, 1e-3, 3e-3, **STEPS),
     "e_wemoe": grid("learning_rate", 3e-4, 1e-3, 3e-3, **STEPS),
+    # The best setting of surgery_v2 with five times the steps and four times the text.
+    "surgery_v2, 500 steps": [
+        STEPS | {"batch_size": 8, "learning_rate": 1e-2, "steps": 500, "examples": 512}
+    ],
+    "adamerging, diversity": grid("learning_rate", 1e-3, 3e-3, 1e-2, **STEPS, diversity=1.0),
+    "e_wemoe, diversity": grid("learning_rate", 3e-4, 1e-3, 3e-3, **STEPS, diversity=1.0),
 }
 LEARNT = tuple(name for name in ADAPTIVE if name not in ("fisher", "regmean", "regmean++"))
 
@@ -213,7 +218,7 @@ class Benchmark:
             "peak_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024,
         }
         shutil.rmtree(out, ignore_errors=True)
-        return result | {"setting": json.dumps(settings_of(method)[run["setting"]])}
+        return merging_report.pack(result)
 
     def _merge(self, method, setting, folder, out, seed):
         from lm.merging.adaptive.config import parse_adaptive
@@ -286,104 +291,10 @@ def dense_logits(config, params, tokens):
     return lm.apply(config, params, tokens)
 
 
-def chosen(rows):
-    """{method: {seed: the result whose setting is best on the half that chooses}}."""
-    individual = {
-        row["run"]["seed"]: row["result"] for row in rows if row["run"]["method"] == "individual"
-    }
-    found = {}
-    for row in rows:
-        method, seed, result = row["run"]["method"], row["run"]["seed"], row["result"]
-        if seed not in individual:
-            continue
-        result = result | {
-            part: {
-                task: 100 * value / max(individual[seed][part][task], 1e-9)
-                for task, value in result[part].items()
-            }
-            for part in ("tune", "test", "corrupted")
-        }
-        best = found.setdefault(method, {}).get(seed)
-        if best is None or mean(result["tune"]) > mean(best["tune"]):
-            found[method][seed] = result
-    return found
-
-
-def mean(values):
-    return float(np.mean(list(values.values())))
-
-
-def spread(values):
-    error = f" ± {np.std(values, ddof=1) / len(values) ** 0.5:.1f}" if len(values) > 1 else ""
-    return f"{np.mean(values):.1f}{error}"
-
-
-def report(rows, folder):
-    found = chosen(rows)
-    if not found:
-        raise SystemExit("no run of `individual` is finished: nothing can be normalized")
-    tasks = list(next(iter(found["individual"].values()))["test"])
-    lines = [SUMMARY.strip(), "", "| method | average | " + " | ".join(tasks) + " | unseen |"]
-    lines[-1] += " corrupted | seconds | stored | seeds |"
-    lines.append("|---" * (len(tasks) + 7) + "|")
-    averages, table = {}, {}
-    order = sorted(found, key=lambda m: -np.mean([mean(r["test"]) for r in found[m].values()]))
-    for method in order:
-        results = list(found[method].values())
-        each = lambda part, results=results: [mean(r[part]) for r in results]  # noqa: E731
-        averages[method] = round(float(np.mean(each("test"))), 2)
-        table[method] = {task: np.mean([r["test"][task] for r in results]) for task in tasks}
-        cells = [f"{table[method][task]:.1f}" for task in tasks]
-        cost = [f"{np.mean([r[k] for r in results]):.1f}" for k in ("merge_seconds", "stored")]
-        row = [method, spread(each("test")), *cells, spread(each("unseen"))]
-        lines.append("| " + " | ".join([*row, spread(each("corrupted")), *cost]))
-        lines[-1] += f" | {len(results)} |"
-    folder.mkdir(parents=True, exist_ok=True)
-    content = {"normalized_average": averages, "seeds": len(found["individual"])}
-    atomic_write_json(folder / "results.json", content)
-    atomic_write_text(folder / "README.md", "\n".join(lines) + "\n")
-    plot(order, averages, found, folder)
-    print(f"wrote {folder / 'README.md'}")
-
-
-def plot(order, averages, found, folder):
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, (bars, unseen) = plt.subplots(1, 2, figsize=(10, 5))
-    names = order[::-1]
-    colors = ["tab:orange" if name in ADAPTIVE else "tab:blue" for name in names]
-    bars.barh(names, [averages[name] for name in names], color=colors)
-    bars.set(xlabel="normalized score, %", xlim=(min(averages.values()) - 5, None))
-    bars.tick_params(axis="y", labelsize=7)
-    for name in names:
-        y = np.mean([mean(r["unseen"]) for r in found[name].values()])
-        unseen.scatter(averages[name], y, color=colors[names.index(name)], s=14)
-        unseen.annotate(name, (averages[name], y), fontsize=6)
-    unseen.set(xlabel="normalized score, %", ylabel="unseen tasks: right predictions, %")
-    figure.tight_layout()
-    figure.savefig(folder / "scores.png", dpi=80)
-
-
-SUMMARY = """
-# Eight experts merged by every method
-
-`python scripts/reproduce_merging.py --data-dir DATA`; one line for each run in
-[runs.jsonl](runs.jsonl). Scores are shares of right predictions on held-out text, in per cent of
-the experts' own; *unseen* is not normalized; *corrupted* has a tenth of the text's bytes replaced.
-The setting of each method is the best of at most three on other held-out text. *stored*: size of
-the result in models. ± is the standard error over seeds. Orange: methods that learn from text.
-
-![Normalized scores, and unseen tasks against them](scores.png)
-"""
-
-
 def main(argv=None):
     own = argparse.ArgumentParser(allow_abbrev=False, add_help=False)
     own.add_argument("--data-dir")
-    own.add_argument("--work", default=str(Path(tempfile.gettempdir()) / "aniso-merging"))
+    own.add_argument("--work", default=WORK)
     own.add_argument("--out", default=str(RESULTS))
     own.add_argument("--smoke", action="store_true")
     args, rest = own.parse_known_args(argv)
@@ -392,7 +303,11 @@ def main(argv=None):
         out = Path(args.work) / "smoke-results"
     bench = functools.cache(lambda: Benchmark(args))
     sweep = Sweep(out / "runs.jsonl", runs())
-    return sweep.main(rest, lambda run: bench().execute(run), lambda rows: report(rows, out))
+    return sweep.main(
+        rest,
+        lambda run: bench().execute(run),
+        lambda rows: merging_report.report(rows, out, ADAPTIVE),
+    )
 
 
 if __name__ == "__main__":
