@@ -1,11 +1,11 @@
-# make setup | train | test | lint. PYTHON chooses the interpreter that makes .venv.
+# make setup | train | test | test-slow | lint. PYTHON chooses the interpreter that makes .venv.
 PYTHON ?= python3.12
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 JOBS ?= 2
 
-.PHONY: setup train test lint clean
+.PHONY: setup train test test-slow lint clean
 
 setup: $(STAMP)
 
@@ -21,6 +21,9 @@ train: $(STAMP)
 
 test: $(STAMP)
 	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal $(ARGS)
+
+test-slow: $(STAMP)
+	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal -m slow $(ARGS)
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -108,7 +108,8 @@ def plain(config: ModelConfig) -> ModelConfig:
 
 def check_parts(config: ModelConfig, params: Mapping[Place, Any]) -> None:
     """ConfigError if the parts among `params`, by path, are not those of `config`."""
-    expected = _divide(by_path(model.abstract_params(config)))[1]
+    whole = {} if config.merged.kind == "none" else by_path(model.abstract_params(config))
+    expected = _divide(whole)[1]
     found = {place: a.shape for place, a in params.items() if is_part(place)}
     for place in expected | found:
         here, there = found.get(place), expected[place].shape if place in expected else None

@@ -140,12 +140,12 @@ class Ensemble(nnx.Module):
             r, new = weight_ensemble.running_mean(found, start=routing.start, before=before)
             share = r - jnp.asarray(self.config.merged.weights, jnp.float32)[None, None]
             share = share.reshape(-1, share.shape[-1])
-            y, auxiliary = mlp(h, self._plug(plug, share), layer)
+            y, auxiliary = mlp(h, self._plug(plug, share, mlp), layer)
             return y, (auxiliary, new)
 
         return run
 
-    def _plug(self, outer: Plug | None, share) -> Plug:
+    def _plug(self, outer: Plug | None, share, mlp: nnx.Module) -> Plug:
         def plug(site: Site):
             product = outer(site) if outer else None
             name = site.name.removeprefix("layers.mlp.")
@@ -153,7 +153,8 @@ class Ensemble(nnx.Module):
                 return product
 
             def routed(x, w, dims):
-                y = linear(x, w) if product is None else product(x, w, dims)
+                # Not w, which is in the dtype of x already: its gradient would be rounded to it.
+                y = linear(x, getattr(mlp, name).kernel[...], product)
                 vectors = getattr(self.vectors, name).arrays()
                 added = weight_ensemble.ensemble_product(x, share, vectors, linear)
                 return y + added.astype(y.dtype)

@@ -221,9 +221,7 @@ def append(
     new = new.swapaxes(1, 2).astype(cached.dtype)
     # Without the barrier XLA:CPU fuses the update into the product as well, which makes it two
     # updates, and then neither is in place: three copies of the cache.
-    return jax.lax.optimization_barrier(
-        jax.lax.dynamic_update_slice(cached, new, (0, 0, index, 0))
-    )
+    return jax.lax.optimization_barrier(jax.lax.dynamic_update_slice(cached, new, (0, 0, index, 0)))
 
 
 def attend_cache(q, cache: Cache, rotation: Rotation, window: int | None, scale, soft_cap):

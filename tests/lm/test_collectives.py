@@ -97,7 +97,9 @@ def collectives(program, mesh):
     return dict(sorted(found.items()))
 
 
-@pytest.mark.parametrize("name", MESHES)
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=pytest.mark.slow if "expert" in n else ()) for n in MESHES]
+)
 def test_an_axis_alone_is_right_and_sends_what_it_did(name):
     program, state, batch, mesh = compile_named(name)
     new, metrics = program(state, batch)

@@ -35,6 +35,7 @@ def assert_close(a, b):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), a, b)
 
 
+@pytest.mark.slow
 def test_policies_give_the_same_gradients_for_less_memory():
     memory, results = {}, {}
     for name in REMAT_POLICIES:

@@ -86,7 +86,6 @@ def make_wemoe(session: Any, models: Models, tasks: Sequence[Rows], work: Work) 
     depth = options["router_depth"]
     ensemble = wemoe.routed(models.config, names, weights, depth=depth, shared=pruned)
     params, vectors = models.place(models.build(piece)), _mlp_vectors(models, cuts)
-    monitor = Monitor(options["collapse"], names)
     answers = [rows.answers for rows in tasks]
 
     def batch(step: int) -> Any:
@@ -103,7 +102,7 @@ def make_wemoe(session: Any, models: Models, tasks: Sequence[Rows], work: Work) 
     how = Training(
         steps,
         lambda step: options["learning_rate"] * (1 + math.cos(math.pi * step / steps)) / 2,
-        warn=lambda sums: monitor.see([float(each.marginal) for each in sums]),
+        monitor=Monitor(options["collapse"], names),
         stop=options["stop_on_collapse"],
     )
     start = wemoe.init_router(ensemble, session.seed)

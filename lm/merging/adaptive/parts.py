@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from lm.merging.adaptive.objective import Monitor
 from lm.merging.adaptive.work import Work
 
 __all__ = ["Training", "flatten", "make_step", "train"]
@@ -29,8 +30,8 @@ class Training(NamedTuple):
     steps: int
     rate: Callable[[int], float]
     """Of every step."""
-    warn: Callable[[Any], list[str]] = lambda _: []
-    """Gives warnings for the auxiliary values of a step."""
+    monitor: Monitor | None = None
+    """Warns by the auxiliary values of a step, which are then the `Sums` of every task."""
     stop: bool = False
     """Stop at the first warning."""
 
@@ -78,6 +79,8 @@ def train(
         arrays, meta = before
         leaves = [jnp.asarray(arrays[str(n)]) for n in range(len(leaves))]
         (trained, state), start = jax.tree.unflatten(structure, leaves), meta["step"]
+        if how.monitor:
+            how.monitor.restore(meta["monitor"])
         say(f"{name}: continuing at step {start}")
     every = max(1, how.steps // 10)
     for number in range(start, how.steps):
@@ -85,7 +88,7 @@ def train(
         trained, state, value, auxiliary = step(trained, state, batch(number), rate)
         if not np.isfinite(float(value)):
             raise FloatingPointError(f"{name}: the loss of step {number} is {value}")
-        lines = how.warn(auxiliary)
+        lines = how.monitor.see([float(s.marginal) for s in auxiliary]) if how.monitor else []
         for line in lines:
             say(f"warning: {line}")
         if (number + 1) % every == 0 or number == 0:
@@ -95,7 +98,8 @@ def train(
         if done or work.due():
             leaves = jax.tree.leaves((trained, state))
             arrays = {str(n): np.asarray(leaf) for n, leaf in enumerate(leaves)}
-            work.save(name, arrays, {"step": how.steps if done else number + 1})
+            meta = {"monitor": how.monitor.state()} if how.monitor else {}
+            work.save(name, arrays, meta | {"step": how.steps if done else number + 1})
         if stop:
             say(f"{name}: stopped at step {number + 1}: stop_on_collapse")
             break

@@ -32,7 +32,6 @@ def command(capsys):
     return call
 
 
-@pytest.mark.slow
 def test_from_text_to_summary_and_back(
     finished, environment, tiny_run, tmp_path, rows_of, state_of
 ):

@@ -64,7 +64,7 @@ def read_back(store):
     return [stream[start + 1 : end][:back] for start, end in pairs]
 
 
-@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize("workers", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_killed_builds_continue_to_the_same_bytes(tmp_path, build, bpe_file, workers):
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     assert build(whole, str(bpe_file), 1).wait() == 0

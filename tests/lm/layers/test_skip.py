@@ -115,6 +115,7 @@ def loss(config, params, tokens, active=None, plug=None):
     return jnp.sum(jnp.sin(model.hidden(config, params, tokens, active=active, plug=plug)[0]))
 
 
+@pytest.mark.slow
 def test_scanned_and_unrolled_models_agree_and_compile_once(rng):
     params = jax.jit(lambda: model.init(LEAN, jax.random.key(0)))()
     tokens = jnp.asarray(rng.integers(0, 48, (B, T)))

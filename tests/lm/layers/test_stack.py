@@ -143,6 +143,7 @@ def test_mixed_layers_run_in_their_order(name, rng):
         np.testing.assert_allclose(step, whole[:, start : start + 3], rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_gradients_do_not_depend_on_loops_or_recomputation(rng):
     config = make((1,), moe=SHARED)
     params = random_params(config, rng)

@@ -50,8 +50,8 @@ def test_adapters_train_on_a_finished_run_stop_and_go_on(
 
     trainer_save = loop.Trainer.save
 
-    def save(self, step, eval_loss=None):
-        trainer_save(self, step, eval_loss)
+    def save(self, step, eval_loss=None, last=False):
+        trainer_save(self, step, eval_loss, last)
         if step == 8:
             self.checkpoints.wait()
             raise Enough

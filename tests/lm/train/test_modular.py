@@ -218,6 +218,7 @@ def test_flops_of_skipped_heads_are_really_saved_in_every_bucket():
         np.testing.assert_allclose(share, counted / full, rtol=0.03)
 
 
+@pytest.mark.slow
 def test_sharded_refresh_and_gradients_equal_one_device():
     config = make_config(MatConfig(family="heads", probes=4, target_active=0.5))
     tx, _ = modular.make_run_optimizer(config)
@@ -246,7 +247,10 @@ def test_sharded_refresh_and_gradients_equal_one_device():
 @pytest.mark.parametrize(
     ("base", "family", "changes"),
     [
-        ("adamw", "layers", {"alpha": 0.9, "beta": 0.05, "rule": "random"}),
+        pytest.param(
+            *("adamw", "layers", {"alpha": 0.9, "beta": 0.05, "rule": "random"}),
+            marks=pytest.mark.slow,
+        ),
         ("muon", "heads", {"target_active": 0.5}),
     ],
 )

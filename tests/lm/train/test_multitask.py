@@ -150,6 +150,7 @@ def test_the_layers_run_forward_once(make_config):
         assert text.count(name) == other.count(name) > 0
 
 
+@pytest.mark.slow
 def test_joint_moments_are_adamw(make_config):
     runs = []
     for config in (make_config(joint_tasks=True, dominance_decay=0.9), make_config("adamw")):
@@ -251,6 +252,7 @@ def test_four_devices_train_like_one(make_config):
     assert all(p.addressable_shards[0].data.size == p.size // 2 for p in kernels)
 
 
+@pytest.mark.slow
 def test_a_run_is_resumed_to_the_bit(tiny_run, mixture, environment, tmp_path, rows_of, state_of):
     def config(out, **changes):
         data = DataConfig(

@@ -81,12 +81,13 @@ def distance(a, b):
     return float(np.sqrt(square(jax.tree.map(np.subtract, a, b)) / square(b)))
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     "recipe,changes",
     [
         ("nvidia", {"micro_batches": 2}),
-        ("metis_paper", {"quant__refresh": 3, "model__d_model": 64}),
+        pytest.param(
+            *("metis_paper", {"quant__refresh": 3, "model__d_model": 64}), marks=pytest.mark.slow
+        ),
     ],
 )
 def test_resumption_is_exact(recipe, changes, tiny_run, tmp_path, rows_of, state_of):
@@ -128,6 +129,7 @@ def test_steps_layers_and_sites_have_their_own_numbers():
         assert (np.asarray(changed) != base).mean() > 0.5
 
 
+@pytest.mark.slow
 def test_kept_layers():
     """First and last stay in high precision; the middle one alone is quantized."""
     params = params_of(make_config())
@@ -159,6 +161,7 @@ def test_layers_that_stay_by_name():
     assert sites["layers.mlp.down"] == (48, 32)
 
 
+@pytest.mark.slow
 def test_bases_move_through_micro_batches():
     model = dataclasses.replace(MODEL, d_model=64, d_ff=64, num_layers=2)
     config = make_config("metis_paper", model=model, refresh=2, micro_batches=2, high=BUT_ONE)

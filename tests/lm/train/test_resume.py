@@ -78,8 +78,7 @@ PLANS = {
 }
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", PLANS)
+@pytest.mark.parametrize("name", ["adamw", pytest.param("muon", marks=pytest.mark.slow)])
 def test_kills_leave_no_trace(name, tiny_run, tmp_path, environment, finished, rows_of, state_of):
     whole, changes = finished, {}
     if name == "muon":
@@ -125,6 +124,7 @@ def test_damaged_checkpoints_are_named_and_passed_over(
     assert state_of(copy) == state_of(finished)
 
 
+@pytest.mark.slow
 def test_spectral_state_is_restored_to_the_bit(tiny_run, tmp_path, rows_of, state_of):
     options = {"name": "spectra", "rank": "auto", "rank_ratio": 0.25, "nesterov": True}
     options = {f"optim__{name}": value for name, value in options.items()}

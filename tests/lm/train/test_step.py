@@ -243,6 +243,7 @@ def train(config, sizes, steps=10):
     return state, losses
 
 
+@pytest.mark.slow
 def test_eight_devices_train_like_one():
     """Spectra takes the matrices and AdamW the rest."""
     config = make_config(

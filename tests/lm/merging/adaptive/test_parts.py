@@ -16,8 +16,10 @@ from lm.hf.merged import plain
 from lm.layers.merged import corrected
 from lm.merging.adaptive import surgery, wemoe
 from lm.merging.adaptive.load import load
-from lm.merging.adaptive.objective import unrolled
+from lm.merging.adaptive.objective import Monitor, Sums, unrolled
+from lm.merging.adaptive.parts import Training, train
 from lm.merging.adaptive.surgery import init_surgery, surgery_loss
+from lm.merging.adaptive.work import Work
 
 GREEDY = Sampling(temperature=0)
 apply = jax.jit(lm.apply, static_argnums=0)
@@ -232,6 +234,31 @@ def test_constant_routers_are_a_dense_model(family, kind, rng):
     np.testing.assert_allclose(
         apply(*wemoe.specialized(config, params, r), tokens), whole, atol=2e-4
     )
+
+
+def test_gradients_of_dense_weights_are_not_rounded():
+    config = lm.ModelConfig(
+        vocab_size=20, num_layers=1, d_model=16, num_heads=2, d_ff=16, dtype="bfloat16"
+    )
+    config = wemoe.routed(config, ["a"], [0.3], depth=0, shared=False)
+    loss = jax.jit(jax.grad(lambda p: jnp.sum(lm.apply(config, p, jnp.ones((1, 6), int)) ** 2)))
+    found = loss(lm.init(config, jax.random.key(0)))["layers"]["mlp"]["up"]["kernel"]
+    assert np.any(found != found.astype(jnp.bfloat16).astype(jnp.float32))
+
+
+def test_the_watch_for_collapse_continues_with_learning(tmp_path):
+    work, lines = Work(tmp_path / "o", {}, resume=False), []
+
+    def step(trained, state, inputs, rate):
+        return trained, state, 0.0, [Sums(0.0, inputs)]
+
+    for steps in (12, 40):  # what was the same at first is known from before the pause
+        how = Training(steps, lambda _: 0.1, Monitor(0.5, ["a"]))
+        batch = lambda number: 2.0 if number < 12 else 0.1  # noqa: E731
+        train("x", how, {"p": np.zeros(1)}, step, batch, work, lines.append)
+    work.close()
+    assert "x: continuing at step 12" in lines
+    assert sum("predictions collapse" in line for line in lines) == 1
 
 
 def test_a_fresh_ensemble_is_task_arithmetic(family, settings, merge):
