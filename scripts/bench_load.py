@@ -5,9 +5,9 @@
 A Llama of about `--gigabytes` of random weights is written once. Then, in turn and with the files
 in the page cache: all bytes are read into fresh memory (`readinto`, one file after the other, by
 as many threads as loading uses), and `lm.hf.load` makes parameters of them. Each measurement is a
-process of its own, because memory that it used before is cheaper than fresh one; 3 GiB are touched
-and given back first, for in a virtual machine pages that were never used can cost several times as
-much, whoever happens to get them. A loader's time does not count imports. Medians, quartiles in
+process of its own, because memory that it used before is cheaper than fresh one. A loader's time
+does not count imports. With `--cold` the files are dropped from the page cache before each
+measurement, so both read them from the disk, as the first load does. Medians, quartiles in
 brackets, and the peak of the process's memory above what it was before.
 """
 
@@ -24,7 +24,7 @@ from pathlib import Path
 from lm.files import atomic_write_text
 
 CHILD = """
-import concurrent.futures, json, mmap, re, sys, time
+import concurrent.futures, json, re, sys, time
 from pathlib import Path
 what, folder = sys.argv[1:]
 files = sorted(Path(folder).glob("*.safetensors"))
@@ -32,13 +32,6 @@ import jax, numpy as np
 from lm import hf
 jax.block_until_ready(jax.numpy.zeros(1))
 peak = lambda: int(re.search(r"VmHWM:\\s+(\\d+)", Path("/proc/self/status").read_text())[1]) * 1024
-for size in (2 << 20, 4 << 10):  # pages that the machine has at hand, huge and small
-    pages = mmap.mmap(-1, 3 << 30, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    if size > 4 << 10:
-        pages.madvise(mmap.MADV_HUGEPAGE)
-    np.frombuffer(pages, np.uint8)[::size] = 1
-    pages = None
-Path("/proc/self/clear_refs").write_text("5")  # the peak starts from here
 before, began = peak(), time.perf_counter()
 if what == "read":
     def read(job):
@@ -86,6 +79,14 @@ def write(folder: str, dtype: str, gigabytes: float) -> int:
     return sum(path.stat().st_size for path in Path(folder).glob("*.safetensors"))
 
 
+def drop(folder: str) -> None:
+    """Let the kernel forget the files' contents."""
+    for path in Path(folder).glob("*.safetensors"):
+        with open(path, "rb") as file:
+            os.fsync(file.fileno())
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
 def main():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -93,6 +94,7 @@ def main():
     parser.add_argument("--dtypes", nargs="+", default=["bfloat16", "float32"])
     parser.add_argument("--gigabytes", type=float, default=1.0)
     parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--cold", action="store_true", help="read from the disk each time")
     parser.add_argument("--out", help="also write the table to this file")
     arguments = parser.parse_args()
     lines = [
@@ -107,6 +109,8 @@ def main():
             seconds, peaks = {"read": [], "load": []}, []
             for turn in range(arguments.rounds + 1):
                 for what, found in seconds.items():
+                    if arguments.cold:
+                        drop(folder)
                     command = [sys.executable, "-c", CHILD, what, folder]
                     out = subprocess.run(command, check=True, capture_output=True, text=True).stdout
                     value, peak = json.loads(out.splitlines()[-1])
@@ -125,9 +129,12 @@ def main():
         head = [
             "# Speed of loading",
             "",
-            f"    python scripts/bench_load.py --rounds {arguments.rounds}",
+            f"    python scripts/bench_load.py --rounds {arguments.rounds}"
+            + " --cold" * arguments.cold,
             "",
-            f"{os.cpu_count()} cores, files in the page cache, {datetime.date.today()}; medians of"
+            f"{os.cpu_count()} cores, files "
+            + ("on the disk" if arguments.cold else "in the page cache")
+            + f", {datetime.date.today()}; medians of"
             f" {arguments.rounds} (quartiles).",
             "",
         ]
