@@ -17,23 +17,24 @@ the result in models. ± is the standard error over seeds. Orange: methods that 
 """
 
 
-PARTS = {"tune": 1, "test": 1, "corrupted": 1, "unseen": 1, "nats": 3}
-"""What a result has for each task, and its decimals."""
+TASKS = ("french", "german", "chinese", "c_code", "python_code")
+TASKS += ("which_language", "which_code", "which_prose")
+OTHERS = ("spanish", "shell_code")
+PARTS = {"tune": TASKS, "test": TASKS, "corrupted": TASKS, "unseen": OTHERS}
+"""What a result has scores for: of the half that chooses, of the one that measures, of corrupted
+input, of tasks that nobody was trained for."""
 
 
 def pack(result):
-    """A result with lists in the order of the tasks, rounded: a third of the bytes."""
-    names = {part: list(result[part]) for part in PARTS}
-    short = {part: [round(v, n) for v in result[part].values()] for part, n in PARTS.items()}
-    return {"tasks": ",".join(names["test"]), "others": ",".join(names["unseen"])} | {
-        name: value for name, value in (result | short).items() if name != "setting"
-    }
+    """A result with rounded lists in place of scores by task: a third of the bytes."""
+    short = {part: [round(result[part][task], 1) for task in PARTS[part]] for part in PARTS}
+    return short | {key: result[key] for key in ("merge_seconds", "stored")}
 
 
 def unpack(result):
     """The result that `pack` was given."""
-    names = {part: result["others" if part == "unseen" else "tasks"].split(",") for part in PARTS}
-    return result | {part: dict(zip(names[part], result[part], strict=True)) for part in PARTS}
+    lists = {part: dict(zip(PARTS[part], result[part], strict=True)) for part in PARTS}
+    return result | lists
 
 
 def chosen(rows):
