@@ -41,8 +41,8 @@ FLAGS = (
     *(
         "--model.num-kv-heads=2 --model.d-ff=64 --model.max-context=64 --model.vocab-size=264"
     ).split(),
-    *("--sequence-length=32 --batch-size=16 --steps=24 --mesh.data=4 --mesh.fsdp=2").split(),
-    *("--checkpoint.every=1 --eval.every=1000 --eval.batches=1 --log.every=1").split(),
+    *("--sequence-length=32 --batch-size=16 --steps=160 --mesh.data=4 --mesh.fsdp=2").split(),
+    *("--checkpoint.every=10 --eval.every=1000 --eval.batches=1 --log.every=1").split(),
     *("--log.no-progress --sample-prompt= --resume").split(),
 )
 

@@ -119,8 +119,8 @@ PAGE = """# Surviving kills and bad storage
 `{command}` ({date}; {machine}; {versions})
 
 Four processes of two CPU devices each on one machine (mesh data 4 x fsdp 2) train a tiny model for
-{steps} steps (batch 16 x 32 tokens, AdamW), with a durable checkpoint at every one (`local`: every
-10, and local ones at every one). A process is killed with SIGKILL, the others are left to
+{steps} steps (batch 16 x 32 tokens, AdamW), with a durable checkpoint at every tenth (`local`: and
+local ones at every one). A process is killed with SIGKILL, the others are left to
 themselves, and all four are started again with `--resume`. Every row that any start logged, those
 included that a restart took back, is compared with the uninterrupted run ({whole} s) for equality
 of all bits of the loss, and at the end every array of the last checkpoint.
