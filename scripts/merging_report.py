@@ -1,5 +1,7 @@
 """The report of `scripts/reproduce_merging.py`: table, plot and results.json from its runs."""
 
+import json
+
 import numpy as np
 
 from lm.files import atomic_write_json, atomic_write_text
@@ -10,8 +12,9 @@ SUMMARY = """
 `python scripts/reproduce_merging.py --data-dir DATA`; one line for each run in
 [runs.jsonl](runs.jsonl). Scores are shares of right predictions on held-out text, in per cent of
 the experts' own; *unseen* is not normalized; *corrupted* has a tenth of the text's bytes replaced.
-The setting of each method is the best of at most three on other held-out text. *stored*: size of
-the result in models. ± is the standard error over seeds. Orange: methods that learn from text.
+The setting of each method is the best of at most three on other held-out text. *MB*: peak of a
+process that merges, above what it takes idle, the model being 2 MB. *stored*: size of the result in
+models. ± is the standard error over seeds. Orange: methods that learn from text.
 
 ![Normalized scores, and unseen tasks against them](scores.png)
 """
@@ -76,9 +79,11 @@ def report(rows, folder, learning):
         raise SystemExit("no run of `individual` is finished: nothing can be normalized")
     tasks = list(next(iter(found["individual"].values()))["test"])
     lines = [SUMMARY.strip(), "", "| method | average | " + " | ".join(tasks) + " | unseen |"]
-    lines[-1] += " corrupted | seconds | stored | seeds |"
-    lines.append("|---" * (len(tasks) + 7) + "|")
+    lines[-1] += " corrupted | seconds | MB | stored | seeds |"
+    lines.append("|---" * (len(tasks) + 8) + "|")
     averages, table = {}, {}
+    file = folder / "memory.json"
+    memory = json.loads(file.read_text()) if file.is_file() else {}
     order = sorted(found, key=lambda m: -np.mean([mean(r["test"]) for r in found[m].values()]))
     for method in order:
         results = list(found[method].values())
@@ -87,6 +92,7 @@ def report(rows, folder, learning):
         table[method] = {task: np.mean([r["test"][task] for r in results]) for task in tasks}
         cells = [f"{table[method][task]:.1f}" for task in tasks]
         cost = [f"{np.mean([r[k] for r in results]):.1f}" for k in ("merge_seconds", "stored")]
+        cost.insert(1, f"{memory[method]:.0f}" if method in memory else "-")
         row = [method, spread(each("test")), *cells, spread(each("unseen"))]
         lines.append("| " + " | ".join([*row, spread(each("corrupted")), *cost]))
         lines[-1] += f" | {len(results)} |"

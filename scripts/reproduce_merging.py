@@ -3,6 +3,7 @@
     python scripts/reproduce_merging.py --data-dir DATA     # all missing runs, one after the other
     python scripts/reproduce_merging.py --list              # what is missing
     python scripts/reproduce_merging.py --limit 5 --only seed=0
+    python scripts/reproduce_merging.py --data-dir DATA --memory   # of one merge by each method
     python scripts/reproduce_merging.py --report            # docs/results/merging/: table, plots
 
 For each seed a byte-level model is pre-trained on all domains, eight experts are fine-tuned from it
@@ -20,6 +21,7 @@ import functools
 import json
 import os
 import shutil
+import subprocess
 import sys
 import tempfile
 import time
@@ -31,6 +33,8 @@ import numpy as np
 
 import lm
 import lm.hf
+from lm.devices import memory_in_use
+from lm.files import atomic_write_json
 from lm.merging.adaptive.benchmark import (
     TaskSpec,
     corrupted,
@@ -114,6 +118,7 @@ class Benchmark:
 
     def __init__(self, args):
         self.smoke, self.domains = args.smoke, read_domains(args.data_dir)
+        self.few = self.smoke
         kind = "smoke" if args.smoke else "full"
         source = Path(args.data_dir).name if args.data_dir else "library"
         self.work = Path(args.work) / f"{kind}-{source}"
@@ -214,6 +219,15 @@ class Benchmark:
         shutil.rmtree(out, ignore_errors=True)
         return merging_report.pack(result)
 
+    def memory(self, method):
+        """MB that this process takes for a merge above what it took before; few steps."""
+        folder, out = self.prepared(SEEDS[0]), self.work / f"out-{os.getpid()}"
+        jax.block_until_ready(jax.numpy.zeros(1))
+        before, self.few = memory_in_use(jax.local_devices()), True
+        self._merge(method, 0, folder, out, SEEDS[0])
+        shutil.rmtree(out, ignore_errors=True)
+        return (memory_in_use(jax.local_devices()) - before) / 1e6
+
     def _merge(self, method, setting, folder, out, seed):
         from lm.merging.adaptive.config import parse_adaptive
         from lm.merging.adaptive.session import AdaptiveSession
@@ -232,7 +246,7 @@ class Benchmark:
                 value["base_model"] = str(folder / "base")
             Session(parse_config(value), out, say=lambda _: None).run()
             return
-        if self.smoke and "steps" in value["parameters"]:
+        if self.few and "steps" in value["parameters"]:
             value["parameters"] = value["parameters"] | {"steps": 2, "examples": 8}
         for entry, spec in zip(models, self.tasks, strict=True):
             data = {"path": str(folder / f"{spec.name}.jsonl")}
@@ -284,16 +298,32 @@ def dense_logits(config, params, tokens):
     return lm.apply(config, params, tokens)
 
 
+def measure_memory(out, words):
+    """Write memory.json: one merge of every method, each in a process of its own."""
+    words, found = [word for word in words if word != "--memory"], {}
+    for method in (*STATIC, *ADAPTIVE):
+        command = [sys.executable, __file__, *words, "--memory", method]
+        run = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
+        found[method] = round(float(run.stdout.splitlines()[-1]), 1)
+        print(method, found[method], flush=True)
+    atomic_write_json(out / "memory.json", found)
+
+
 def main(argv=None):
     own = argparse.ArgumentParser(allow_abbrev=False, add_help=False)
     own.add_argument("--data-dir")
     own.add_argument("--work", default=WORK)
     own.add_argument("--out", default=str(RESULTS))
     own.add_argument("--smoke", action="store_true")
+    own.add_argument("--memory", nargs="?", const="all", metavar="METHOD")
     args, rest = own.parse_known_args(argv)
     out = Path(args.out)
     if args.smoke and out == RESULTS:
         out = Path(args.work) / "smoke-results"
+    if args.memory == "all":
+        return measure_memory(out, argv or sys.argv[1:])
+    if args.memory:
+        return print(Benchmark(args).memory(args.memory))
     bench = functools.cache(lambda: Benchmark(args))
     sweep = Sweep(out / "runs.jsonl", runs())
     return sweep.main(

@@ -21,7 +21,7 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_threefry_partitionable", True)
 
 
-MOST_MAPS = 20_000
+MOST_MAPS = 40_000
 """Memory maps of this process from which on compiled programs are let go."""
 
 
