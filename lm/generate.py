@@ -190,7 +190,7 @@ def _generate(config, params, prompts, longest, max_tokens, sampling, seed, stop
     for length in pieces:
         piece = jnp.asarray(tokens[:, start : start + length])
         reach = min(slots, _bucket(start + length))
-        logits, cache = _prefill(config, reach, params, piece, cache, jnp.int32(start), padding)
+        logits, cache = _prefill(config, reach, params, piece, cache, np.int32(start), padding)
         start += length
     key = jax.random.key(seed)
     alive = np.ones(len(prompts), bool)
@@ -200,7 +200,7 @@ def _generate(config, params, prompts, longest, max_tokens, sampling, seed, stop
         if i < max_tokens:
             # Dispatched before the previous token is read: the device does not wait for the host.
             drawn, logits, cache = _next(
-                config, sampling, params, logits, cache, jnp.int32(width + i), padding, key
+                config, sampling, params, logits, cache, np.int32(width + i), padding, key
             )
         if previous is not None:
             row = np.asarray(previous)

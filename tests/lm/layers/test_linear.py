@@ -3,6 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import lm.layers.linear as module
 from lm.layers.linear import Linear, Site, by_name, linear
 from lm.layers.parameters import Stack, fan_in_std, normal
 
@@ -56,6 +57,28 @@ def test_vmap_in_bfloat16(rng):
     dw = jax.jit(jax.vmap(jax.grad(loss, argnums=1)))(x, w)
     expected = np.asarray(x, np.float64).sum(1)[:, :, None].repeat(16, 2)
     np.testing.assert_allclose(dw, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype, tolerance", [("float32", 2e-7), ("bfloat16", 5e-3)])
+@pytest.mark.parametrize("shape", [(64, 24), (104, 40), (60, 24), (8, 1)])
+@pytest.mark.parametrize("sums", [1 << 21, 512])
+def test_one_row_equals_float64(monkeypatch, rng, shape, dtype, tolerance, sums):
+    """What decoding multiplies: whole, in blocks, and with widths that do not divide."""
+    monkeypatch.setattr(module, "_SUMS", sums)
+    w = jnp.asarray(rng.normal(size=shape), dtype)
+    x = jnp.asarray(rng.normal(size=(1, 1, shape[0])), dtype)
+    got = jax.jit(lambda x, w: linear(x, w))(x, w)
+    got64, x64, w64 = exact(got, x, w)
+    assert got.dtype == x.dtype
+    assert np.all(np.abs(got64 - x64 @ w64) <= tolerance * (np.abs(x64) @ np.abs(w64)))
+
+
+def test_one_row_in_blocks_reads_each_once(monkeypatch):
+    """A block's weights are not copied on their way into its sum."""
+    monkeypatch.setattr(module, "_SUMS", 1 << 14)
+    x, w = jnp.ones((1, 512)), jnp.ones((512, 128))
+    memory = jax.jit(linear).lower(x, w).compile().memory_analysis()
+    assert memory is not None and memory.temp_size_in_bytes < w.nbytes // 2
 
 
 def test_a_plugged_product_is_what_comes_out(rng):
