@@ -32,7 +32,7 @@ from lm.merging.types import Store, TensorInfo
 
 __all__ = ["is_hf", "load", "load_config", "load_params"]
 
-_BLOCK = 1 << 20
+_BLOCK = 4 << 20
 """Bytes read at a time."""
 _HUGE = 2 << 20
 """Bytes of a huge page on common processors."""
