@@ -16,6 +16,7 @@ from jaxtyping import Array, Float, Int
 
 from lm import model
 from lm.config import ConfigError, ModelConfig, check
+from lm.layers.linear import fast_single_rows
 from lm.layers.self_attention import Cache
 from lm.layers.stack import unstack
 
@@ -71,7 +72,8 @@ def _prefill(config, reach, params, tokens, cache, index, padding):
 @functools.partial(jax.jit, static_argnames=("config", "sampling"), donate_argnames=("cache",))
 def _next(config, sampling, params, logits, cache, index, padding, key):
     token = sample(jax.random.fold_in(key, index), logits, sampling)
-    logits, cache = model.decode(config, params, token[:, None], cache, index, padding=padding)
+    with fast_single_rows(isinstance(params, Prepared)):
+        logits, cache = model.decode(config, params, token[:, None], cache, index, padding=padding)
     return token, logits[:, -1], cache
 
 

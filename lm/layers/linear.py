@@ -11,8 +11,11 @@ row-major first: XLA:CPU sends only such products to its fast bf16 kernel (dx 18
 170 -> 360 at the shape above). In f32 the copy would cost more than it gains.
 """
 
+import contextlib
+import contextvars
 import fnmatch
-from collections.abc import Callable, Sequence
+import functools
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import jax
@@ -24,7 +27,6 @@ from jaxtyping import Array, Float
 
 import quant
 from lm.layers.parameters import SINGLE, Stack, constant, normal
-from lm.sharding import axis_sizes
 
 DotGeneral = Callable[..., jax.Array]
 """A function with the signature of `jax.lax.dot_general`."""
@@ -81,7 +83,8 @@ def linear(
     """
     x2d = x.reshape(-1, x.shape[-1])
     if dot_general is None:
-        y = _matmul(x2d, w)
+        rows = _rows_of_sums(x2d, w)
+        y = _one_row(x2d, w, rows) if rows else _matmul(x2d, w)
     else:
         dims = (((1,), (0,)), ((), ()))
         # A quantized product takes the weights as they are: it rounds them once, and their
@@ -93,10 +96,7 @@ def linear(
 
 @jax.custom_vjp
 def _matmul(x, w):
-    w = w.astype(x.dtype)
-    if len(x) == 1 and x.dtype.itemsize <= 4 and (rows := _rows_of_sums(*w.shape)):
-        return _one_row(x, w, rows)
-    return jax.lax.dot(two_rows(x), w)[: len(x)]
+    return jax.lax.dot(two_rows(x), w.astype(x.dtype))[: len(x)]
 
 
 def two_rows(x: Float[Array, "N D"]) -> Float[Array, "M D"]:
@@ -106,16 +106,35 @@ def two_rows(x: Float[Array, "N D"]) -> Float[Array, "M D"]:
     return jnp.broadcast_to(x, (2, x.shape[1])) if alone else x
 
 
-def _rows_of_sums(d: int, f: int) -> int | None:
-    """Rows of the sums that `_one_row` makes at a time of weights [d, f]: as many as fit into
-    `_SUMS`. None where it does not apply: it is for one CPU, where it pays."""
-    if jax.default_backend() != "cpu" or axis_sizes() or d % _STREAMS:
-        return None
+_fast = contextvars.ContextVar("fast_single_rows", default=False)
+
+
+@contextlib.contextmanager
+def fast_single_rows(on: bool) -> Iterator[None]:
+    """`linear` multiplies single rows by `_one_row` where that is fast, in programs traced within.
+
+    For decoding with whole weights on one CPU: it has no gradient, takes longer to compile, and
+    would move the weights that lie on several devices.
+    """
+    token = _fast.set(on and jax.default_backend() == "cpu")
+    try:
+        yield
+    finally:
+        _fast.reset(token)
+
+
+def _rows_of_sums(x: Float[Array, "N D"], w: Float[Array, "D F"]) -> int:
+    """Rows of the sums that `_one_row` makes at a time; 0 where it is not for this product."""
+    d, f = w.shape
+    if not _fast.get() or len(x) != 1 or x.dtype.itemsize > 4 or not f or d % _STREAMS:
+        return 0
     most = max(1, _SUMS // (4 * f))
     rows = next(n for n in range(min(most, d // _STREAMS), 0, -1) if d // _STREAMS % n == 0)
-    return rows if rows > most // 8 or rows == d // _STREAMS else None
+    # Many small blocks, where a divisor near `most` is missing, would cost more than they save.
+    return rows if rows > most // 8 or rows == d // _STREAMS else 0
 
 
+@functools.partial(jax.jit, static_argnames="rows")  # traced once for all layers
 def _one_row(x: Float[Array, "1 D"], w: Float[Array, "D F"], rows: int) -> Float[Array, "1 F"]:
     """x w: `_STREAMS` runs of rows of w are scaled and summed side by side, and then their sums.
 
@@ -130,9 +149,9 @@ def _one_row(x: Float[Array, "1 D"], w: Float[Array, "D F"], rows: int) -> Float
         sums = sum(f * part.astype(jnp.float32) for f, part in zip(*block, strict=True))
         # Fused into the product, they would be made again for each of its elements.
         sums = jax.lax.optimization_barrier(sums)
-        return y + jax.lax.dot(jnp.ones((1, rows)), sums), None
+        return y + jax.lax.dot(jnp.ones((1, rows), jnp.float32), sums), None
 
-    y = jnp.zeros((1, w.shape[1]))
+    y = jnp.zeros((1, w.shape[1]), jnp.float32)
     if len(parts) == 1:
         y, _ = add(y, (factors[0], parts[0]))
     else:
