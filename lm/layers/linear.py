@@ -14,7 +14,6 @@ row-major first: XLA:CPU sends only such products to its fast bf16 kernel (dx 18
 import contextlib
 import contextvars
 import fnmatch
-import functools
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
@@ -26,16 +25,11 @@ from jax.experimental.layout import Layout, with_layout_constraint
 from jaxtyping import Array, Float
 
 import quant
+from lm import native
 from lm.layers.parameters import SINGLE, Stack, constant, normal
 
 DotGeneral = Callable[..., jax.Array]
 """A function with the signature of `jax.lax.dot_general`."""
-
-
-_STREAMS = 8
-"""Rows of weights that `_one_row` reads side by side; 16 are slower by a quarter."""
-_SUMS = 2 << 20
-"""Bytes of f32 that it holds at a time: they stay in a core's cache."""
 
 
 class Site(NamedTuple):
@@ -83,8 +77,8 @@ def linear(
     """
     x2d = x.reshape(-1, x.shape[-1])
     if dot_general is None:
-        rows = _rows_of_sums(x2d, w)
-        y = _one_row(x2d, w, rows) if rows else _matmul(x2d, w)
+        few = native_products() and native.takes_few_rows(x2d, w)
+        y = native.few_rows(x2d, w) if few else _matmul(x2d, w)
     else:
         dims = (((1,), (0,)), ((), ()))
         # A quantized product takes the weights as they are: it rounds them once, and their
@@ -106,57 +100,27 @@ def two_rows(x: Float[Array, "N D"]) -> Float[Array, "M D"]:
     return jnp.broadcast_to(x, (2, x.shape[1])) if alone else x
 
 
-_fast = contextvars.ContextVar("fast_single_rows", default=False)
+_native = contextvars.ContextVar("native_products", default=False)
 
 
 @contextlib.contextmanager
-def fast_single_rows(on: bool) -> Iterator[None]:
-    """`linear` multiplies single rows by `_one_row` where that is fast, in programs traced within.
+def with_native_products(on: bool) -> Iterator[None]:
+    """Products of few rows are those of `lm.native` in programs traced within, if there is a CPU.
 
-    For decoding with whole weights on one CPU: it has no gradient, takes longer to compile, and
-    would move the weights that lie on several devices.
+    For decoding with whole weights on one CPU: they have no gradient, and would move the weights
+    that lie on several devices. JAX keeps programs by their arguments: one that was traced within
+    is used outside as well, if those are of the same type.
     """
-    token = _fast.set(on and jax.default_backend() == "cpu")
+    token = _native.set(on and jax.default_backend() == "cpu")
     try:
         yield
     finally:
-        _fast.reset(token)
+        _native.reset(token)
 
 
-def _rows_of_sums(x: Float[Array, "N D"], w: Float[Array, "D F"]) -> int:
-    """Rows of the sums that `_one_row` makes at a time; 0 where it is not for this product."""
-    d, f = w.shape
-    if not _fast.get() or len(x) != 1 or x.dtype.itemsize > 4 or not f or d % _STREAMS:
-        return 0
-    most = max(1, _SUMS // (4 * f))
-    rows = next(n for n in range(min(most, d // _STREAMS), 0, -1) if d // _STREAMS % n == 0)
-    # Many small blocks, where a divisor near `most` is missing, would cost more than they save.
-    return rows if rows > most // 8 or rows == d // _STREAMS else 0
-
-
-@functools.partial(jax.jit, static_argnames="rows")  # traced once for all layers
-def _one_row(x: Float[Array, "1 D"], w: Float[Array, "D F"], rows: int) -> Float[Array, "1 F"]:
-    """x w: `_STREAMS` runs of rows of w are scaled and summed side by side, and then their sums.
-
-    The first sum has no product in it that XLA:CPU would look for in a library: it is vectorized as
-    it stands and reads weights at the speed of memory: on a 2-core Zen 4 at 4096 x 4096, 21 GB/s
-    in bfloat16 (the library's product of two rows, its smallest: 11) and 25 in float32 (21).
-    """
-    factors = x.astype(jnp.float32).reshape(-1, _STREAMS, rows, 1)
-    parts = w.reshape(-1, _STREAMS, rows, w.shape[1])
-
-    def add(y, block):
-        sums = sum(f * part.astype(jnp.float32) for f, part in zip(*block, strict=True))
-        # Fused into the product, they would be made again for each of its elements.
-        sums = jax.lax.optimization_barrier(sums)
-        return y + jax.lax.dot(jnp.ones((1, rows), jnp.float32), sums), None
-
-    y = jnp.zeros((1, w.shape[1]), jnp.float32)
-    if len(parts) == 1:
-        y, _ = add(y, (factors[0], parts[0]))
-    else:
-        y, _ = jax.lax.scan(add, y, (factors, parts))
-    return y.astype(x.dtype)
+def native_products() -> bool:
+    """Whether the caller is within `with_native_products`."""
+    return _native.get()
 
 
 def _matmul_fwd(x, w):

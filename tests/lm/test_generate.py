@@ -273,16 +273,3 @@ def test_one_row_in_16_bit_gets_company_that_nobody_sees(params):
     assert alone.shape == (1, 6)
     both = collect(config, params, [[1, 2, 3], [1, 2, 3]], max_tokens=6, sampling=GREEDY)
     np.testing.assert_array_equal(both, np.repeat(alone, 2, axis=0))
-
-
-@pytest.mark.parametrize("prepared, rows, expected", [(True, 1, 14), (True, 2, 0), (False, 1, 0)])
-def test_only_single_rows_of_whole_weights_take_the_fast_products(params, prepared, rows, expected):
-    """Seven matrices in each of the two layers; stacks may lie on several devices."""
-    cache = model.init_cache(CONFIG, rows, 16)
-    if prepared:
-        params, cache = module.prepare(CONFIG, params), unstack(cache)
-    program = jax.make_jaxpr(module._next, static_argnums=(0, 1))(
-        *(CONFIG, GREEDY, params, jnp.zeros((rows, 48)), cache, np.int32(4)),
-        *(jnp.zeros(rows, jnp.int32), jax.random.key(0)),
-    )
-    assert str(program).count("name=_one_row") == expected

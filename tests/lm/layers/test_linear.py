@@ -3,8 +3,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-import lm.layers.linear as module
-from lm.layers.linear import Linear, Site, by_name, fast_single_rows, linear
+from lm import native
+from lm.layers.linear import Linear, Site, by_name, linear, native_products, with_native_products
 from lm.layers.parameters import Stack, fan_in_std, normal
 
 SHAPES = [((3, 5, 8), 6), ((2, 3, 6), 16), ((7, 8), 8), ((2, 1, 2, 4), 12)]
@@ -59,43 +59,80 @@ def test_vmap_in_bfloat16(rng):
     np.testing.assert_allclose(dw, expected, rtol=1e-5, atol=1e-5)
 
 
+@pytest.fixture
+def compiled():
+    if native.library() is None:
+        pytest.skip("no C compiler here, or ANISO_NATIVE=0")
+
+
+def native_calls(function, *args) -> int:
+    # A function of its own: what JAX has traced once it does not trace again.
+    program = jax.make_jaxpr(lambda *args: function(*args))(*args)
+    return str(program).count("target_name=aniso_rows")
+
+
 @pytest.mark.parametrize("dtype, bits", [("float32", 24), ("bfloat16", 8), ("float16", 11)])
-@pytest.mark.parametrize("shape", [(64, 24), (104, 40), (60, 24), (8, 1), (16, 0)])
-@pytest.mark.parametrize("sums", [1 << 21, 512])
-def test_fast_single_rows_equal_float64(monkeypatch, rng, shape, dtype, bits, sums):
-    """Whole and in blocks; a width that does not divide and an empty one go the usual way."""
-    monkeypatch.setattr(module, "_SUMS", sums)
-    x, w = draw(rng, (1, 1, shape[0]), dtype), draw(rng, shape, dtype)
-    with fast_single_rows(True):
-        got = linear(x, w)
-    assert (got.shape, got.dtype) == ((1, 1, shape[1]), x.dtype)
+@pytest.mark.parametrize("shape", [(64, 24), (104, 40), (61, 33), (8, 1), (16, 0)])
+@pytest.mark.parametrize("batch", [(1, 1), (5,), (4, 8), (3, 11)])
+def test_native_products_equal_float64(rng, batch, shape, dtype, bits):
+    """Those of the C code, and those that go the usual way: float16, no columns, 33 rows."""
+    x, w = draw(rng, (*batch, shape[0]), dtype), draw(rng, shape, dtype)
+    with with_native_products(True):
+        got = jax.jit(lambda x, w: linear(x, w))(x, w)
+    assert (got.shape, got.dtype) == ((*batch, shape[1]), x.dtype)
     got, x, w = exact(got, x, w)
     # Summed in f32 and rounded once.
-    allowed = 1e-6 * np.abs(x) @ np.abs(w) + 2.0**-bits * np.abs(x @ w)
+    allowed = 1e-5 * np.abs(x) @ np.abs(w) + 2.0**-bits * np.abs(x @ w)
     assert np.all(np.abs(got - x @ w) <= allowed)
 
 
-def one_row_products(function, *args) -> int:
-    return str(jax.make_jaxpr(function)(*args)).count("name=_one_row")
+@pytest.mark.parametrize(
+    "x, w, dtypes, expected",
+    [
+        ((1, 64), (64, 24), ("float32", "float32"), 1),
+        ((2, 16, 63), (63, 1), ("bfloat16", "bfloat16"), 1),
+        ((3, 11, 64), (64, 24), ("float32", "float32"), 0),
+        ((1, 64), (64, 0), ("float32", "float32"), 0),
+        ((1, 64), (64, 24), ("float16", "float16"), 0),
+        ((1, 64), (64, 24), ("bfloat16", "float32"), 0),
+    ],
+)
+def test_few_rows_of_the_type_of_the_weights_are_native(compiled, x, w, dtypes, expected):
+    x, w = jnp.ones(x, dtypes[0]), jnp.ones(w, dtypes[1])
+    with with_native_products(True):
+        assert native_calls(linear, x, w) == expected
+    assert native_calls(linear, x, w) == 0
 
 
-def test_only_single_rows_are_multiplied_so_and_only_on_request():
-    w = jnp.ones((64, 24))
-    with fast_single_rows(True):
-        assert one_row_products(lambda x: linear(x, w), jnp.ones((1, 64))) == 1
-        assert one_row_products(lambda x: linear(x, w), jnp.ones((2, 64))) == 0
-        assert one_row_products(lambda x: linear(x, w[:63]), jnp.ones((1, 63))) == 0
-        with fast_single_rows(False):
-            assert one_row_products(lambda x: linear(x, w), jnp.ones((1, 64))) == 0
-    assert one_row_products(lambda x: linear(x, w), jnp.ones((1, 64))) == 0
+def test_native_products_are_those_within(compiled):
+    x, w = jnp.ones((1, 64)), jnp.ones((64, 24))
+    call = lambda: native_calls(linear, x, w)  # noqa: E731
+    assert not native_products() and call() == 0
+    with with_native_products(True):
+        assert native_products() and call() == 1
+        with with_native_products(False):
+            assert not native_products() and call() == 0
+        assert native_products() and call() == 1
+    with pytest.raises(ZeroDivisionError), with_native_products(True):
+        _ = 1 / 0
+    assert not native_products() and call() == 0
 
 
-def test_fast_single_rows_hold_the_sums_of_one_block(monkeypatch):
-    monkeypatch.setattr(module, "_SUMS", 1 << 14)
-    x, w = jnp.ones((1, 2048)), jnp.ones((2048, 128))
-    with fast_single_rows(True):
-        memory = jax.jit(lambda x, w: linear(x, w)).lower(x, w).compile().memory_analysis()
-    assert memory is not None and 1 << 14 <= memory.temp_size_in_bytes < 1 << 15
+def test_without_the_library_or_a_cpu_no_product_is_native(compiled, monkeypatch):
+    x, w = jnp.ones((1, 64)), jnp.ones((64, 24))
+    with monkeypatch.context() as patch:
+        patch.setenv("ANISO_NATIVE", "0")
+        with with_native_products(True):
+            assert native_calls(linear, x, w) == 0
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    with with_native_products(True):
+        assert not native_products()
+
+
+def test_a_plug_comes_before_native_products(compiled):
+    x, w = jnp.ones((1, 64)), jnp.ones((64, 24))
+    with with_native_products(True):
+        assert native_calls(lambda x, w: linear(x, w, jax.lax.dot_general), x, w) == 0
 
 
 def test_a_plugged_product_is_what_comes_out(rng):
