@@ -75,7 +75,8 @@ def cos_sin(
     inv_freq, factor = inverse_frequencies(config, local)
     inv_freq = jnp.asarray(inv_freq, jnp.float32)
     angles = positions[..., None].astype(jnp.float32) * inv_freq[None, None]
-    return jnp.cos(angles) * factor, jnp.sin(angles) * factor
+    # Made once: XLA would make them again within each product of each layer and head.
+    return jax.lax.optimization_barrier((jnp.cos(angles) * factor, jnp.sin(angles) * factor))
 
 
 def rotate(
