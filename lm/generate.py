@@ -1,7 +1,7 @@
 """Text from a model: prefill in chunks, then one token at a time from a key/value cache.
 
-Prompts are padded on the left to a sum of a few powers of two, and the cache has room for a power
-of two of tokens or three quarters of it, so prompts of many lengths share a few compiled programs.
+Prompts are padded on the left to one of a few lengths, and the cache has room for a power of two of
+tokens or three quarters of it, so prompts of many lengths share a few compiled programs.
 """
 
 import dataclasses
@@ -16,14 +16,14 @@ from jaxtyping import Array, Float, Int
 
 from lm import model
 from lm.config import ConfigError, ModelConfig, check
-from lm.layers.linear import fast_single_rows
+from lm.layers.linear import with_native_products
 from lm.layers.self_attention import Cache
 from lm.layers.stack import unstack
 
 PREFILL_CHUNK = 512
 """Most prompt tokens per prefill call: bounds the chunk x cache scores that it holds."""
-PREFILL_STEP = 64
-"""Longer prompts are padded to a multiple of this and taken in pieces of it times powers of two."""
+PREFILL_STEP = 16
+"""What is left of a prompt is padded to a multiple of this, or of more if it is long."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -46,7 +46,11 @@ class Sampling:
 def sample(key: Array, logits: Float[Array, "B V"], sampling: Sampling) -> Int[Array, " B"]:
     """One token per row."""
     if sampling.temperature == 0:
-        return jnp.argmax(logits, axis=-1).astype(jnp.int32)
+        # The first of the largest, as argmax: two reductions that XLA:CPU vectorizes, in 0.3 ms of
+        # 8 x 32,000 instead of 0.7.
+        ids = jax.lax.broadcasted_iota(jnp.int32, logits.shape, 1)
+        below = logits < logits.max(axis=-1, keepdims=True)
+        return jnp.where(below, logits.shape[1], ids).min(axis=-1)
     logits = logits.astype(jnp.float32) / sampling.temperature
     if sampling.top_k:
         kth = jax.lax.top_k(logits, min(sampling.top_k, logits.shape[-1]))[0][:, -1:]
@@ -63,16 +67,17 @@ def sample(key: Array, logits: Float[Array, "B V"], sampling: Sampling) -> Int[A
 
 @functools.partial(jax.jit, static_argnames=("config", "reach"), donate_argnames=("cache",))
 def _prefill(config, reach, params, tokens, cache, index, padding):
-    logits, cache = model.decode(
-        config, params, tokens, cache, index, padding=padding, last_only=True, reach=reach
-    )
+    with with_native_products(isinstance(params, Prepared)):
+        logits, cache = model.decode(
+            config, params, tokens, cache, index, padding=padding, last_only=True, reach=reach
+        )
     return logits[:, -1], cache
 
 
 @functools.partial(jax.jit, static_argnames=("config", "sampling"), donate_argnames=("cache",))
 def _next(config, sampling, params, logits, cache, index, padding, key):
     token = sample(jax.random.fold_in(key, index), logits, sampling)
-    with fast_single_rows(isinstance(params, Prepared)):
+    with with_native_products(isinstance(params, Prepared)):
         logits, cache = model.decode(config, params, token[:, None], cache, index, padding=padding)
     return token, logits[:, -1], cache
 
@@ -121,18 +126,15 @@ def _slots(length: int) -> int:
 
 
 def _pieces(longest: int) -> list[int]:
-    """Lengths of the prefill calls for a prompt.
+    """Lengths of the prefill calls for a prompt: whole chunks, and a rest that is padded by less
+    than an eighth, so that there are a few lengths of rests.
 
     >>> _pieces(20), _pieces(200), _pieces(700)
-    ([32], [256], [512, 128, 64])
+    ([32], [224], [512, 192])
     """
-    if longest <= PREFILL_STEP:
-        return [_bucket(longest)]
-    left, pieces = -(-longest // PREFILL_STEP) * PREFILL_STEP, []
-    while left:
-        pieces.append(min(PREFILL_CHUNK, 1 << (left.bit_length() - 1)))
-        left -= pieces[-1]
-    return pieces
+    whole, rest = divmod(longest, PREFILL_CHUNK)
+    step = max(PREFILL_STEP, _bucket(rest) // 8) if rest else 1
+    return [PREFILL_CHUNK] * whole + [-(-rest // step) * step] * (rest > 0)
 
 
 def generate(
