@@ -21,7 +21,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from lm import model
+from lm import model, native
 from lm.config import DTYPES, ConfigError, ModelConfig, check
 from lm.hf.config import read_config
 from lm.hf.family import Family
@@ -36,6 +36,7 @@ _BLOCK = 4 << 20
 """Bytes read at a time."""
 _HUGE = 2 << 20
 """Bytes of a huge page on common processors."""
+_THREADS = min(4, os.cpu_count() or 1)
 _local = threading.local()
 _ALIGNMENT = 64
 """Bytes: at such addresses XLA's CPU client takes NumPy's memory without copying it."""
@@ -141,7 +142,7 @@ def _read(
         (embedding,) = next(leaf.names for leaf in wanted if leaf.path == ("embedding",))
         _check_tied(store, tied, stored[embedding])
     params: model.Params = {}
-    with concurrent.futures.ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
+    with concurrent.futures.ThreadPoolExecutor(_THREADS) as pool:
         for leaf in wanted:
             node = params
             for name in leaf.path[:-1]:
@@ -215,9 +216,16 @@ class _Reader:
             place = tuple(i - each.start for i, each in zip(index, lead, strict=True))
             name = self.leaf.names[np.ravel_multi_index(index, stack) if stack else 0]
             jobs += self._blocks(self.stored[name], out[place], ranges)
-        for _ in self.pool.map(self._copy, jobs):
-            pass  # errors of the threads appear here
+        # One task for each thread, not for each block: handing one out costs what 100 kB cost.
+        left = iter(jobs)
+        tasks = [self.pool.submit(self._copy_all, left) for _ in range(_THREADS)]
+        for task in tasks:
+            task.result()  # raises what the thread raised
         return out
+
+    def _copy_all(self, jobs: Iterator) -> None:
+        for job in jobs:
+            self._copy(job)
 
     def _blocks(self, name: str, target: np.ndarray, ranges: list[range]):
         """Pieces of one tensor: (name, first row, last + 1, columns, its place in the result)."""
@@ -244,6 +252,8 @@ class _Reader:
         block = values.reshape(stop - start, width)[:, columns.start : columns.stop]
         block = block.reshape(target.shape)
         if self.leaf.tensor.transpose:
+            if values.dtype == self.dtype and native.transpose(block, target.T):
+                return
             block, target = _transposed(block), target.T
         if values.dtype == self.dtype:
             # NumPy holds Python's lock while it copies bfloat16, which is no type of its own.
