@@ -2,13 +2,15 @@
 
     python scripts/bench_load.py [--out FILE.md]
 
-A Llama of about `--gigabytes` of random weights is written once. Then, in turn and with the files
-in the page cache: all bytes are read into fresh memory (`readinto`, one file after the other, by
-as many threads as loading uses), and `lm.hf.load` makes parameters of them. Each measurement is a
-process of its own, because memory that it used before is cheaper than fresh one. A loader's time
-does not count imports. With `--cold` the files are dropped from the page cache before each
-measurement, so both read them from the disk, as the first load does. Medians, quartiles in
-brackets, and the peak of the process's memory above what it was before.
+A Llama of about `--gigabytes` of random weights is written once. A process of its own then takes
+turns, with the files in the page cache: all bytes are read into fresh memory (`readinto`, one file
+after the other, by as many threads as loading uses), and `lm.hf.load` makes parameters of them.
+The memory of each is given back before the next begins, so that all of them start with pages that
+the system has to clear. The first turn is not counted: a virtual machine gets memory that it has
+not used for seconds from its host, at a tenth of the usual speed, and a first load traces the model
+(0.04 s). With `--cold` the files are dropped from the page cache before each measurement, so both
+read them from the disk, as the first load does. Medians, quartiles in brackets, and the peak of
+memory of a process that only loads, above what it was before.
 """
 
 import argparse
@@ -24,24 +26,16 @@ from pathlib import Path
 from lm.files import atomic_write_text
 
 CHILD = """
-import concurrent.futures, json, mmap, os, re, sys, time
+import concurrent.futures, json, os, re, sys, time
 from pathlib import Path
-what, folder, first = sys.argv[1:]
+what, folder, cold, rounds = *sys.argv[1:4], int(sys.argv[4])
 files = sorted(Path(folder).glob("*.safetensors"))
 import jax, numpy as np
 from lm import hf
 jax.block_until_ready(jax.numpy.zeros(1))
-# A virtual machine gets memory that it has not used for seconds from its host, at a tenth of the
-# usual speed: use as much as will be needed, and give it back to this machine's kernel.
-size = sum(path.stat().st_size for path in files) * 3 // 2
-if first != "first":
-    with mmap.mmap(-1, size, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS) as room:
-        room.madvise(mmap.MADV_HUGEPAGE)
-        np.frombuffer(room, np.uint8)[::4096] = 1
 peak = lambda: int(re.search(r"VmHWM:\\s+(\\d+)", Path("/proc/self/status").read_text())[1]) * 1024
-before, began = peak(), time.perf_counter()
-if what == "read":
-    def read(job):
+def read():
+    def some(job):
         path, start, view = job
         with open(path, "rb", buffering=0) as file:
             file.seek(start)
@@ -53,10 +47,24 @@ if what == "read":
         cuts = [size * i // 8 for i in range(9)]
         jobs += [(path, a, view[a:b]) for a, b in zip(cuts, cuts[1:])]
     with concurrent.futures.ThreadPoolExecutor(min(4, os.cpu_count())) as pool:
-        list(pool.map(read, jobs))
-else:
-    jax.block_until_ready(hf.load(folder)[1])
-print(json.dumps([time.perf_counter() - began, peak() - before]))
+        list(pool.map(some, jobs))
+    return jobs
+def load():
+    return jax.block_until_ready(hf.load(folder)[1])
+def drop():
+    for path in files:
+        with open(path, "rb") as file:
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+before, seconds = peak(), []
+for _ in range(rounds):
+    for work in (load,) if what == "peak" else (read, load):
+        if cold == "cold":
+            drop()
+        began = time.perf_counter()
+        kept = work()
+        seconds.append(time.perf_counter() - began)
+        del kept
+print(json.dumps({"seconds": seconds, "peak": peak() - before}))
 """
 
 
@@ -87,12 +95,11 @@ def write(folder: str, dtype: str, gigabytes: float) -> int:
     return sum(path.stat().st_size for path in Path(folder).glob("*.safetensors"))
 
 
-def drop(folder: str) -> None:
-    """Let the kernel forget the files' contents."""
-    for path in Path(folder).glob("*.safetensors"):
-        with open(path, "rb") as file:
-            os.fsync(file.fileno())
-            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+def measure(what: str, folder: str, cold: bool, rounds: int) -> dict:
+    words = [what, folder, "cold" if cold else "cached", str(rounds)]
+    command = [sys.executable, "-c", CHILD, *words]
+    out = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    return json.loads(out.splitlines()[-1])
 
 
 def main():
@@ -114,24 +121,14 @@ def main():
         with tempfile.TemporaryDirectory() as scratch:
             folder = str(Path(scratch) / "model")
             size = write(folder, dtype, arguments.gigabytes)
-            seconds, share = {"read": [], "load": []}, 0.0
-            for turn in range(arguments.rounds + 1):
-                for what, found in seconds.items():
-                    if arguments.cold:
-                        drop(folder)
-                    which = "later" if turn else "first"
-                    command = [sys.executable, "-c", CHILD, what, folder, which]
-                    out = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-                    value, peak = json.loads(out.splitlines()[-1])
-                    if turn:
-                        found.append(value)
-                    elif what == "load":  # the first fills the page cache, and tells the peak
-                        share = peak / size
-        ratios = sorted(b / a for a, b in zip(seconds["read"], seconds["load"], strict=True))
+            share = measure("peak", folder, arguments.cold, 1)["peak"] / size
+            both = measure("both", folder, arguments.cold, arguments.rounds + 1)["seconds"][2:]
+        read, load = both[::2], both[1::2]
+        ratios = sorted(b / a for a, b in zip(read, load, strict=True))
         quartiles = ratios[len(ratios) // 4], ratios[-1 - len(ratios) // 4]
         lines.append(
-            f"| {dtype} | {size / 1e9:.2f} | {statistics.median(seconds['read']):.2f} |"
-            f" {statistics.median(seconds['load']):.2f} | {statistics.median(ratios):.2f}"
+            f"| {dtype} | {size / 1e9:.2f} | {statistics.median(read):.2f} |"
+            f" {statistics.median(load):.2f} | {statistics.median(ratios):.2f}"
             f" ({quartiles[0]:.2f} to {quartiles[1]:.2f}) | {share:.2f} |"
         )
         print(lines[-1], flush=True)
